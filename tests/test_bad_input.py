@@ -1,0 +1,209 @@
+"""Bad input is refused in one sentence that names the parameter, before any work, and leaves nothing behind."""
+
+import ast
+import tarfile
+
+import papermill as pm
+import pytest
+import torch
+from conftest import ROOT, Papermill
+from dataclasses import replace
+
+from condexp.cache import cache_dir
+from condexp.models import make_classifier, save_classifier
+from condexp.runs import RunCondense, RunKD, RunTeacher, check_ipc, open_run, open_teacher, parameters
+
+KINDS = {"run_kd": RunKD, "run_condense": RunCondense, "run_teacher": RunTeacher}
+
+
+def defaults(notebook):
+    "The parameters cell, as papermill reads it."
+    return {
+        name: ast.literal_eval(p["default"])
+        for name, p in pm.inspect_notebook(str(ROOT / f"nbs/{notebook}.ipynb")).items()
+    }
+
+
+def begin(notebook, **given):
+    "What the first cells of a run notebook do."
+    run = parameters(defaults(notebook) | given, KINDS[notebook])
+    fabric, splits = open_run(run)
+    if notebook != "run_teacher":
+        check_ipc(run, splits.train)
+    if getattr(run, "teacher", "").endswith(".safetensors"):
+        open_teacher(run, splits, fabric)
+
+
+def entries():
+    "The cache, less decoded images."
+    return {p for p in cache_dir().rglob("*") if p.is_file() and "images" not in p.parts}
+
+
+def refused(notebook, name, value, **others):
+    "The sentence with which a parameter is refused."
+    before = entries()
+    with pytest.raises(ValueError) as error:
+        begin(notebook, **others, **{name: value})
+    sentence = str(error.value)
+    assert sentence.startswith(f"{name} is ") and "\n" not in sentence and ", but" in sentence, sentence
+    assert entries() == before
+    return sentence
+
+
+@pytest.mark.parametrize("notebook", KINDS)
+def test_the_defaults_are_accepted(notebook):
+    begin(notebook)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "ten", True, None])
+@pytest.mark.parametrize("notebook", ["run_kd", "run_condense"])
+def test_ipc_is_a_whole_number_of_at_least_one(notebook, value):
+    assert repr(value) in refused(notebook, "ipc", value)
+
+
+@pytest.mark.parametrize("others", [{"condenser": "random"}, {"condenser": "herding"}, {"arms": "random"}], ids=str)
+def test_no_more_images_are_chosen_than_the_smallest_class_holds(others):
+    assert "smallest class" in refused("run_kd", "ipc", 500, **others)
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset", "teacher", "student", "condenser", "inversion", "alignment", "device", "arms", "precision"]
+)
+def test_unknown_names_are_refused_with_what_is_known(name):
+    assert "'nonesuch'" in refused("run_kd", name, "nonesuch")
+
+
+@pytest.mark.parametrize("arms", ["", "condensed,best", "condensed,,full", 3])
+def test_arms_are_a_list_of_arms(arms):
+    refused("run_kd", "arms", arms)
+
+
+def test_an_unknown_model_is_answered_with_close_ones():
+    assert "wrn_16_2" in refused("run_teacher", "model", "wrn_16_3")
+
+
+@pytest.mark.parametrize("notebook", KINDS)
+def test_a_parameter_that_the_notebook_does_not_have_is_refused(notebook):
+    assert "no such parameter" in refused(notebook, "icp", 10)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "many"])
+@pytest.mark.parametrize("name", ["epochs", "steps", "seed", "size"])
+@pytest.mark.parametrize("notebook", KINDS)
+def test_counts_are_not_negative_and_whole(notebook, name, value):
+    refused(notebook, name, value)
+
+
+@pytest.mark.parametrize("value", [0, -4, "hot", float("nan")])
+def test_temperature_is_a_positive_number(value):
+    refused("run_kd", "temperature", value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("notebook", KINDS)
+def test_cuda_is_refused_where_there_is_none(notebook):
+    refused(notebook, "device", "cuda")
+
+
+def test_a_path_must_exist(tmp_path):
+    refused("run_kd", "dataset", str(tmp_path / "nowhere"))
+    refused("run_kd", "teacher", str(tmp_path / "nowhere.safetensors"))
+    refused("run_kd", "condenser", str(tmp_path / "nowhere.safetensors"))
+
+
+def test_a_folder_must_hold_images(tmp_path):
+    refused("run_kd", "dataset", str(tmp_path))
+
+
+def test_a_set_needs_two_classes(folder):
+    assert "two classes" in refused("run_kd", "dataset", str(folder(classes=("china",))))
+
+
+def test_train_and_test_hold_the_same_classes(folder):
+    root = folder()
+    (root / "test/flower").rename(root / "test/tree")
+    refused("run_kd", "dataset", str(root))
+
+
+def test_a_corrupt_image_is_named(folder):
+    root = folder()
+    (root / "train/china/3.png").write_bytes(b"this is not a picture")
+    assert "train/china/3.png" in refused("run_kd", "dataset", str(root))
+
+
+def test_an_archive_must_stay_inside_itself(folder, tmp_path):
+    with tarfile.open(tmp_path / "bad.tar", "w") as archive:
+        archive.add(folder(), arcname="..")
+    assert ".." in refused("run_kd", "dataset", str(tmp_path / "bad.tar"))
+
+
+def test_a_file_that_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "set.tar.gz").write_bytes(b"not an archive")
+    refused("run_kd", "dataset", str(tmp_path / "set.tar.gz"))
+
+
+def test_a_model_that_needs_larger_images_says_how_large():
+    sentence = refused("run_teacher", "model", "vit_tiny_patch16_224", size=8)
+    assert "8" in sentence
+
+
+@pytest.fixture
+def saved(digits, tmp_path):
+    "Writes an untrained classifier to a file, changed in one respect."
+
+    def make(change=lambda images: images, header=lambda meta: meta):
+        path = tmp_path / "weights.safetensors"
+        return str(
+            save_classifier(path, make_classifier("wrn_10_1", change(digits.train)), {"accuracy": 10.0, "seconds": 1.0})
+            or path
+        )
+
+    return make
+
+
+def test_a_teacher_file_of_the_right_kind_is_accepted(saved):
+    begin("run_kd", teacher=saved())
+
+
+def test_a_teacher_of_other_classes_is_refused(saved):
+    assert "classes" in refused("run_kd", "teacher", saved(lambda d: replace(d, classes=tuple("abcdefghij"))))
+
+
+def test_a_teacher_of_another_size_is_refused(saved):
+    refused("run_kd", "teacher", saved(lambda d: replace(d, images=d.images[..., :12, :12])), size=16)
+
+
+def test_a_teacher_file_whose_weights_are_of_another_architecture_is_refused(saved, tmp_path):
+    from condexp.cache import load_tensors, save_tensors
+
+    tensors, meta = load_tensors(saved())
+    text = repr(meta).replace("wrn_10_1", "wrn_16_2")
+    save_tensors(tmp_path / "weights.safetensors", tensors, ast.literal_eval(text))
+    refused("run_kd", "teacher", str(tmp_path / "weights.safetensors"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors"], ids=["empty", "text"])
+def test_a_file_that_is_no_teacher_is_refused(content, tmp_path):
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    refused("run_kd", "teacher", str(tmp_path / "weights.safetensors"))
+
+
+def test_a_set_of_images_is_not_a_teacher(condensed, tmp_path):
+    refused("run_kd", "teacher", str(condensed.save(tmp_path / "set.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "notebook, name, value",
+    [
+        ("run_kd", "ipc", "0"),
+        ("run_kd", "icp", "10"),
+        ("run_condense", "dataset", "nowhere/at/all"),
+        ("run_teacher", "epochs", "-1"),
+    ],
+)
+def test_papermill_ends_with_the_sentence_and_leaves_no_record(notebook, name, value, tmp_path):
+    papermill = Papermill(tmp_path, cache=tmp_path / "cache")
+    out = papermill(notebook, **{name: value})
+    last = out.stdout.strip().splitlines()[-1]
+    assert out.returncode != 0 and last.startswith(f"ValueError: {name} is "), out.stdout
+    assert not list(tmp_path.rglob("*.json")) and not [p for p in papermill.cache.rglob("*") if p.is_file()]

@@ -1,0 +1,138 @@
+"""What holds for every way of inverting a teacher; one that is added to INVERSIONS is covered on that day."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from condexp.data import ImageSet
+from condexp.inversion import INVERSIONS, Inverter
+from condexp.models import fingerprint, freeze, make_classifier
+from condexp.training import predict, seeded
+
+SHAPES = [(1, 8), (3, 28), (3, 32), (1, 28)]  # channels, pixels
+
+
+@pytest.fixture(params=INVERSIONS)
+def recipe(request):
+    "Each method, with few steps a batch."
+    return replace(INVERSIONS[request.param], steps=2)
+
+
+def untrained(channels, size, classes=3, name="wrn_10_1", seed=0):
+    images = torch.zeros(1, channels, size, size, dtype=torch.uint8)
+    like = ImageSet(
+        images, torch.zeros(1, dtype=torch.long), tuple("abcdefghij"[:classes]), (0.4,) * channels, (0.3,) * channels
+    )
+    with seeded(seed):
+        return make_classifier(name, like)
+
+
+def pool(recipe, teacher, student, fabric, n=6, batches=2, warm=True, seed=0):
+    targets = torch.arange(n) % len(teacher.spec.classes)
+    with seeded(seed), Inverter(recipe, teacher, student, fabric, batch_size=n) as inverter:
+        return torch.cat([inverter.synthesise(targets, warm=warm) for _ in range(batches)]), inverter
+
+
+@pytest.mark.parametrize("channels, size", SHAPES)
+def test_images_have_the_shape_and_range_that_were_asked_for(recipe, channels, size, fabric):
+    images, inverter = pool(recipe, freeze(untrained(channels, size)), untrained(channels, size, seed=1), fabric)
+    assert images.shape == (12, channels, size, size) and not images.requires_grad
+    assert torch.isfinite(images).all() and images.min() >= 0 and images.max() <= 1
+    assert len(inverter.losses) == 2 and all(isinstance(v, float) for v in inverter.losses[-1].values())
+
+
+def test_the_same_seed_gives_the_same_images(recipe, teacher, fabric):
+    student = untrained(1, 16, classes=10)
+    first, second, other = (pool(recipe, teacher, student, fabric, seed=seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_neither_teacher_nor_student_is_changed(recipe, teacher, fabric):
+    student = untrained(1, 16, classes=10).train()
+    before = fingerprint(teacher), fingerprint(student)
+    pool(recipe, teacher, student, fabric)
+    assert (fingerprint(teacher), fingerprint(student)) == before and student.training and not teacher.training
+    assert all(p.grad is None for model in (teacher, student) for p in model.parameters())
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+def test_no_hook_is_left_behind_even_after_an_error(recipe, teacher, fabric):
+    student = untrained(1, 16, classes=10)
+    before = hooks(teacher), hooks(student)
+    with pytest.raises(KeyboardInterrupt), Inverter(recipe, teacher, student, fabric, batch_size=4):
+        raise KeyboardInterrupt
+    pool(recipe, teacher, student, fabric)
+    assert (hooks(teacher), hooks(student)) == before
+
+
+def test_a_saved_state_goes_on_with_the_same_images(recipe, teacher, fabric, tmp_path):
+    student, targets = untrained(1, 16, classes=10), torch.arange(6)
+    with (
+        Inverter(recipe, teacher, student, fabric, batch_size=6) as one,
+        Inverter(recipe, teacher, student, fabric, batch_size=6) as two,
+    ):
+        one.synthesise(targets, warm=True)
+        torch.save(one.state_dict(), tmp_path / "state")
+        two.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        with seeded(1):
+            wanted = one.synthesise(targets, warm=True)
+        with seeded(1):
+            assert torch.equal(two.synthesise(targets, warm=True), wanted)
+
+
+def test_the_adversarial_term_reads_the_student(recipe, teacher, fabric):
+    students = [untrained(1, 16, classes=10, seed=seed) for seed in (1, 2)]
+    if not any(term.warm for term in recipe.terms):
+        pytest.skip("this recipe has no adversarial term")
+    cold = [pool(recipe, teacher, student, fabric, warm=False)[0] for student in students]
+    warm = [pool(recipe, teacher, student, fabric, warm=True)[0] for student in students]
+    assert torch.equal(*cold) and not torch.equal(*warm)
+
+
+def test_a_teacher_as_its_own_student_earns_nothing(recipe, teacher, fabric):
+    "The mistake of a public code base: nothing fails, the term is just constant."
+    names = [term.name for term in recipe.terms if term.warm]
+    if not names:
+        pytest.skip("this recipe has no adversarial term")
+    stranger, twin = (pool(recipe, teacher, s, fabric)[1].losses[-1] for s in (untrained(1, 16, classes=10), teacher))
+    assert stranger[names[0]] < twin[names[0]] - 1e-4
+
+
+class Seen:
+    "An alignment that only watches whether gradients pass through the features."
+
+    def __init__(self):
+        self.features, self.updates = [], 0
+
+    def loss(self, features, targets):
+        self.features.append(features)
+        features.retain_grad()
+        return features.square().mean()
+
+    def update(self, features, targets):
+        assert not features.requires_grad
+        self.updates += 1
+
+
+def test_an_alignment_joins_every_method(recipe, teacher, fabric):
+    seen = Seen()
+    with Inverter(recipe, teacher, untrained(1, 16, classes=10), fabric, seen, batch_size=6) as inverter:
+        inverter.synthesise(torch.arange(6), warm=False)
+    assert seen.updates == len(seen.features) == 2
+    assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in seen.features)
+
+
+@pytest.mark.parametrize("name", INVERSIONS)
+def test_the_teacher_sees_the_classes_that_were_asked_for(name, teacher, digits, fabric):
+    recipe, targets = INVERSIONS[name], torch.arange(50) % 10
+    recipe = replace(recipe, steps=min(recipe.steps, 100))
+    with seeded(0), Inverter(recipe, teacher, untrained(1, 16, classes=10), fabric, batch_size=50) as inverter:
+        for _ in range(15 if name == "fast" else 1):
+            images = inverter.synthesise(targets, warm=False)
+    like = digits.train
+    _, logits = predict(teacher, ImageSet(images.cpu(), targets, like.classes, like.mean, like.std), fabric)
+    assert (logits.argmax(1) == targets).float().mean() >= 0.8

@@ -1,0 +1,112 @@
+"""The notebooks are the source: their assertions hold, the modules are what they say, papermill can explain them."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from papermill import inspect_notebook
+
+BIN = Path(sys.executable).parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+RUNS = [p for p in NOTEBOOKS if p.stem.startswith("run_")]
+
+
+def call(*command, cwd=ROOT, **environment):
+    "A command of this environment; its output, and an error if it fails."
+    out = subprocess.run(
+        [BIN / command[0], *command[1:]], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert out.returncode == 0, out.stdout + out.stderr
+    return out.stdout + out.stderr
+
+
+@pytest.fixture
+def clone(tmp_path):
+    "The project's own files, in a folder that a test may change."
+    for name in ("settings.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("nbs", "condexp"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
+    return tmp_path
+
+
+def contents(folder, *patterns):
+    return {p.relative_to(folder): p.read_bytes() for pattern in patterns for p in folder.glob(pattern) if p.is_file()}
+
+
+def test_every_assertion_in_the_notebooks_holds():
+    workers = str(min(os.cpu_count(), 8))
+    call("nbdev_test", "--n_workers", workers, "--skip_file_re", r"^([_.]|run_|paper_)", "--timing")
+
+
+def test_nbdev_test_alone_leaves_the_long_notebooks_out():
+    from nbdev.frontmatter import FrontmatterProc
+    from nbdev.process import NBProcessor
+
+    for path in NOTEBOOKS:
+        if path.stem.startswith(("run_", "paper_")):
+            settings = NBProcessor(path, procs=FrontmatterProc, process=True).nb.frontmatter_
+            assert settings.get("skip_exec"), f"{path.name} says nowhere '- skip_exec: true'"
+
+
+def test_modules_are_what_the_notebooks_export(clone):
+    patterns = "*.toml", "*.ini", "condexp/*"
+    before = contents(clone, *patterns)
+    call("nbdev_export", cwd=clone)
+    assert contents(clone, *patterns) == before
+
+
+def test_cleaning_a_notebook_keeps_its_parameters(clone):
+    call("nbdev_clean", cwd=clone)
+    for path in RUNS:
+        tags = [c["metadata"].get("tags") for c in json.loads((clone / "nbs" / path.name).read_text())["cells"]]
+        assert tags.count(["parameters"]) == 1
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: p.stem)
+def test_papermill_explains_every_parameter(path):
+    parameters = inspect_notebook(str(path))
+    assert {
+        "dataset",
+        "size",
+        "seed",
+        "epochs",
+        "steps",
+        "batch_size",
+        "device",
+        "precision",
+        "record",
+    } <= parameters.keys()
+    for name, what in parameters.items():
+        assert len(what["help"]) > 8 and what["inferred_type_name"] != "None", f"{name} is not explained"
+
+
+def test_help_on_the_command_line_shows_the_explanations():
+    text = call("papermill", "--help-notebook", ROOT / "nbs/run_kd.ipynb")
+    assert "ipc: int (default 10)" in text and "condensed images per class" in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_name_no_folder_of_somebodys_machine(path):
+    assert not re.search(r"/(home|root|work|Users|tmp/venv)/", path.read_text())
+
+
+def test_front_page_and_readme_tell_the_same():
+    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
+    texts = ["".join(c["source"]) for c in cells]
+    page = [t if c["cell_type"] == "markdown" else f"```python\n{t}\n```" for c, t in zip(cells, texts, strict=True)]
+    readme = (ROOT / "README.md").read_text().replace("](nbs/", "](").replace("](reports/", "](../reports/")
+    assert re.split(r"\s*\n\s*", "\n".join(page).strip()) == re.split(r"\s*\n\s*", readme.strip())
+
+
+def test_readme_links_lead_somewhere():
+    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
+        assert (ROOT / link).exists(), link

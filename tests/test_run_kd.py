@@ -1,0 +1,102 @@
+"""The main job, really run by papermill: its record, its cache, a kill in the middle, a user's own images."""
+
+import json
+import time
+
+import psutil
+import pytest
+from conftest import Papermill
+
+from condexp.data import ImageSet
+from condexp.models import load_classifier
+
+TINY = {"student": "wrn_10_1", "ipc": 1, "condenser": "random", "epochs": 5, "steps": 3, "batch_size": 32}
+
+
+def record(folder):
+    (path,) = folder.glob("records/run_kd-*.json")
+    return json.loads(path.read_text())
+
+
+def arms(cache):
+    return {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_file, tmp_path_factory):
+    "A run of two arms from beginning to end."
+    papermill = Papermill(tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache"))
+    out = papermill("run_kd", **TINY, teacher=teacher_file, arms="mixed,expanded")
+    assert out.returncode == 0, out.stdout
+    return papermill
+
+
+def test_the_record_says_what_was_done(finished, trained):
+    r = record(finished.folder)
+    assert r["config"]["ipc"] == 1 and r["config"]["arms"] == "mixed,expanded" and r["seed"] == 0
+    assert abs(r["teacher_accuracy"] - trained[1]["accuracy"]) < 1e-6
+    assert r["accuracy"].keys() == r["images"].keys() == r["steps"].keys() == {"mixed", "expanded"}
+    assert r["steps"]["expanded"] == 5 * 3 and r["images"]["expanded"] > 10
+    assert all(s >= 0 for s in r["seconds"].values()) and {"torch", "device", "commit"} <= r["environment"].keys()
+    assert {"class_frechet", "class_mmd"} <= r["distances"]["expanded"].keys()
+
+
+def test_the_record_names_no_folder_of_this_machine(finished):
+    assert str(finished.folder.parent) not in json.dumps(record(finished.folder))
+
+
+def test_the_executed_notebook_shows_pictures_and_the_record_numbers(finished):
+    text = (finished.folder / "out.ipynb").read_text()
+    assert text.count("image/png") >= 5
+    assert all(f"{a:.1f} %" in text for a in record(finished.folder)["accuracy"].values())
+
+
+def test_run_again_it_loads_everything(finished, tmp_path, teacher_file):
+    before = arms(finished.cache)
+    again = Papermill(tmp_path, finished.cache)
+    assert again("run_kd", **TINY, teacher=teacher_file, arms="mixed,expanded").returncode == 0
+    assert record(tmp_path)["accuracy"] == record(finished.folder)["accuracy"]
+    assert arms(finished.cache) == before
+
+
+def kill_with_children(process):
+    for p in (*psutil.Process(process.pid).children(recursive=True), process):
+        p.kill()
+    process.communicate()
+
+
+def wait_for(found, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert process.poll() is None and time.monotonic() < deadline, "it ended, or hangs, before it could be killed"
+        time.sleep(0.005)
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(finished, tmp_path, teacher_file):
+    papermill = Papermill(tmp_path, tmp_path / "cache")
+    asked = {**TINY, "teacher": teacher_file, "arms": "mixed,expanded"}
+    process = papermill.start("run_kd", **asked)
+    wait_for(lambda: list(papermill.cache.glob("arm/*.checkpoint")), process)
+    kill_with_children(process)
+    assert list(papermill.cache.glob("arm/*.checkpoint")) and not list(tmp_path.rglob("*.json"))
+
+    assert papermill("run_kd", **asked).returncode == 0
+    resumed, whole = record(tmp_path), record(finished.folder)
+    assert resumed["accuracy"] == whole["accuracy"] and resumed["distances"] == whole["distances"]
+    assert not list(papermill.cache.rglob("*.checkpoint"))
+
+
+def test_a_folder_of_photographs_gets_a_teacher_a_condensed_set_and_a_student(folder, papermill, tmp_path):
+    photos = folder(each=20, size=40)
+    common = {"dataset": photos, "size": 16, "epochs": 2, "steps": 4, "batch_size": 16}
+    weights, few = tmp_path / "weights.safetensors", tmp_path / "few.safetensors"
+
+    out = papermill("run_teacher", **common, model="wrn_10_2", output=weights)
+    assert out.returncode == 0 and load_classifier(weights)[0].spec.classes == ("china", "flower"), out.stdout
+    out = papermill("run_condense", **common, condenser="herding", ipc=2, output=few)
+    assert out.returncode == 0 and ImageSet.load(few).counts == [2, 2], out.stdout
+    out = papermill(
+        "run_kd", **common, teacher=weights, student="wrn_10_1", condenser=few, ipc=2, arms="condensed,expanded"
+    )
+    assert out.returncode == 0, out.stdout
+    assert record(tmp_path)["accuracy"].keys() == {"condensed", "expanded"}
