@@ -37,7 +37,7 @@ def affine_maps(
     linear = torch.stack([torch.cat([cos * across, -sin * down], 1), torch.cat([sin * across, cos * down], 1)], dim=1)
     return torch.cat([linear, move.expand(-1, 2)[:, :, None]], dim=2)
 
-
+# %% ../nbs/01_augment.ipynb #cell-06
 def warp(
     x: Float[Tensor, "n c h w"],
     maps: Float[Tensor, "m 2 3"],  # m = n, or 1 for all
@@ -46,7 +46,7 @@ def warp(
     grid = F.affine_grid(maps.to(x.dtype).expand(len(x), -1, -1), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
-# %% ../nbs/01_augment.ipynb #cell-07
+# %% ../nbs/01_augment.ipynb #cell-08
 def pick(
     x: Float[Tensor, "n c h w"],
     params: Params,  # "flip" and "shift" only
@@ -64,7 +64,7 @@ def pick(
     y = x.reshape(n, c, h * w).gather(2, index.view(-1, 1, h * w).expand(n, c, -1))
     return y.view(n, c, h, w) * inside[:, None]
 
-# %% ../nbs/01_augment.ipynb #cell-10
+# %% ../nbs/01_augment.ipynb #cell-11
 def recolour(x: Float[Tensor, "n c h w"], params: Params) -> Float[Tensor, "n c h w"]:
     "Brightness, saturation and contrast, as far as they are among `params`."
     if not params.keys() & {"brightness", "saturation", "contrast"}:
@@ -78,7 +78,7 @@ def recolour(x: Float[Tensor, "n c h w"], params: Params) -> Float[Tensor, "n c 
         x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, params["contrast"])
     return x.clamp(0, 1)
 
-# %% ../nbs/01_augment.ipynb #cell-12
+# %% ../nbs/01_augment.ipynb #cell-13
 def cut_out(
     x: Float[Tensor, "n c h w"],
     centre: Float[Tensor, "m 2"],  # of the square, as a fraction of the size
@@ -89,7 +89,7 @@ def cut_out(
     across, down = ((along - c).abs() < side / 2 for c in centre.split(1, dim=1))
     return x * ~(down[:, :, None] & across[:, None, :])[:, None]
 
-# %% ../nbs/01_augment.ipynb #cell-14
+# %% ../nbs/01_augment.ipynb #cell-15
 FAMILIES = {  # what `single` chooses among
     "colour": ("brightness", "saturation", "contrast"),
     "crop": ("shift", "side", "centre"),
@@ -103,7 +103,7 @@ NEUTRAL = {  # what changes nothing
     "scale": 1, "rotate": 0,
 }
 
-
+# %% ../nbs/01_augment.ipynb #cell-16
 def keep_one(params: Params, choice: Float[Tensor, "n 1"]) -> Params:
     "Leave each sample one family among those drawn, by `choice` in [0, 1)."
     families = [names for names in FAMILIES.values() if params.keys() & set(names)]
@@ -111,7 +111,7 @@ def keep_one(params: Params, choice: Float[Tensor, "n 1"]) -> Params:
     of = {name: i for i, names in enumerate(families) for name in names}
     return {name: torch.where(choice == of[name], p, NEUTRAL[name]) for name, p in params.items()}
 
-# %% ../nbs/01_augment.ipynb #cell-15
+# %% ../nbs/01_augment.ipynb #cell-17
 GEOMETRY = {"flip", "shift", "rotate", "scale", "side", "centre"}
 BOUNDS = {
     "shift": (0, 1), "rotate": (0, 180), "scale": (1, 10), "crop": (0.01, 1), "brightness": (0, 1),
@@ -162,7 +162,7 @@ class Augment:
         "Draw for each sample, and apply."
         return self.apply(x, self.draw(len(x), x.device))
 
-# %% ../nbs/01_augment.ipynb #cell-16
+# %% ../nbs/01_augment.ipynb #cell-18
 def _drawn(
     a: Augment,
     u: Float[Tensor, "n 15"],  # uniform in [0, 1)
@@ -183,17 +183,17 @@ def _drawn(
         "cutout": (a.cutout > 0, u[:, 12:14]),
     }
 
-# %% ../nbs/01_augment.ipynb #cell-27
+# %% ../nbs/01_augment.ipynb #cell-29
 def flippable(images: ImageSet) -> bool:
     "Whether mirror images are as good: colour images, unless their classes are numbers (SVHN)."
     return images.channels == 3 and not all(name[:1].isdigit() for name in images.classes)
 
-
+# %% ../nbs/01_augment.ipynb #cell-30
 def standard(images: ImageSet) -> Augment:
     "Shift by up to an eighth, and flip if that makes sense: what every classifier here is trained with."
     return Augment(shift=0.125, flip=flippable(images))
 
-
+# %% ../nbs/01_augment.ipynb #cell-31
 def siamese(images: ImageSet) -> Augment:
     "The policy of DSA (Zhao & Bilen 2021): one of colour, crop, cutout, flip, scale, rotate, each time."
     brightness = 0.5 * sum(images.std) / images.channels

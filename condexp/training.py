@@ -164,10 +164,10 @@ def fit_epoch(
     for index in order:
         sums += torch.stack(step(index))
         bar.update()
-    loss, hits = (sums / len(order)).tolist()
+    loss, right = (sums / len(order)).tolist()
     if not math.isfinite(loss):
         raise FloatingPointError("the training diverged (its loss is not a number): try a lower learning rate")
-    return {"loss": loss, "accuracy": 100 * hits / order.shape[1]}
+    return {"loss": loss, "accuracy": 100 * right}
 
 # %% ../nbs/03_training.ipynb #cell-20
 def fit(
