@@ -7,7 +7,6 @@ __all__ = ['FORMAT', 'cache_dir', 'config_hash', 'write_atomic', 'save_tensors',
            'progress', 'refuse', 'one_of', 'whole']
 
 # %% ../nbs/00_cache.ipynb #cell-02
-import functools
 import hashlib
 import json
 import os

@@ -334,7 +334,8 @@ def condense(
             task = Task(on_device(train, fabric), ipc, seed, steps, fabric, checkpoint)
             made, history = condenser.make(task)
         seconds = round(time.perf_counter() - began, 2)
-        return replace(made, provenance=provenance(name, settings, seed, train) | {"history": history, "seconds": seconds})
+        notes = provenance(name, settings, seed, train) | {"history": history, "seconds": seconds}
+        return replace(made, labels=made.hard_labels, provenance=notes)
 
     return on_device(cached("condensed", config, compute, lambda path, made: made.save(path), ImageSet.load), fabric)
 

@@ -6,7 +6,7 @@
 __all__ = ['FAST', 'CMI', 'DEEPINVERSION', 'INVERSIONS', 'ChannelMoments', 'Statistics', 'Watch', 'View', 'Term', 'one_hot',
            'bn_distance', 'bn_statistics', 'adversarial', 'js_adversarial', 'rms', 'total_variation', 'l2',
            'Remembering', 'SmoothedStatistics', 'contrast', 'Contrastive', 'Canvas', 'Source', 'Pixels',
-           'FreshGenerator', 'MetaGenerator', 'Recipe', 'quiet', 'Inverter']
+           'FreshGenerator', 'MetaGenerator', 'Recipe', 'reweigh', 'quiet', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
@@ -461,18 +461,28 @@ class Recipe:
         return [self.augment] if self.local is None else [self.augment, self.local]
 
 # %% ../nbs/05_inversion.ipynb #cell-50
+def reweigh(
+    recipe: Recipe,
+    **weights: float,  # a new weight for each term named
+) -> Recipe:
+    "The same recipe with other weights. `ValueError` for a term that it does not have."
+    for name in weights:
+        one_of("terms", name, [t.name for t in recipe.terms])
+    return replace(recipe, terms=tuple(replace(t, weight=weights.get(t.name, t.weight)) for t in recipe.terms))
+
+
 FAST = Recipe(
     name="fast",
-    source=partial(MetaGenerator, lr=2e-3, lr_z=1e-2, conditional=True),
+    source=partial(MetaGenerator, rule="reptile", lr=2e-3, lr_z=1e-2, conditional=True),
     terms=(
-        Term("bn", 10.0, SmoothedStatistics(momentum=0.9), watches=True),
-        Term("one_hot", 0.4, one_hot),
+        Term("bn", 1.0, SmoothedStatistics(momentum=0.9), watches=True),
+        Term("one_hot", 1.0, one_hot),
         Term("adversarial", 1.1, adversarial, warm=True),
     ),
     steps=10,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-52
+# %% ../nbs/05_inversion.ipynb #cell-53
 CMI = Recipe(
     name="cmi",
     source=partial(FreshGenerator, lr=1e-3, lr_z=1e-3),
@@ -486,12 +496,12 @@ CMI = Recipe(
     local=Augment(shift=0, crop=0.25),
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-54
+# %% ../nbs/05_inversion.ipynb #cell-55
 DEEPINVERSION = Recipe(
     name="deepinversion",
     source=partial(Pixels, lr=0.1),
     terms=(
-        Term("bn", 10.0, bn_statistics, watches=True),
+        Term("bn", 1.0, bn_statistics, watches=True),
         Term("one_hot", 1.0, one_hot),
         Term("tv", 0.1, total_variation),
         Term("l2", 1e-4, l2),
@@ -503,7 +513,7 @@ DEEPINVERSION = Recipe(
 
 INVERSIONS: dict[str, Recipe] = {recipe.name: recipe for recipe in (FAST, CMI, DEEPINVERSION)}
 
-# %% ../nbs/05_inversion.ipynb #cell-56
+# %% ../nbs/05_inversion.ipynb #cell-57
 @contextmanager
 def quiet(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
@@ -521,7 +531,7 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for p, need in wanted:
             p.requires_grad_(need)
 
-# %% ../nbs/05_inversion.ipynb #cell-58
+# %% ../nbs/05_inversion.ipynb #cell-59
 class Inverter:
     "A recipe at work on one teacher and one student; a context manager."
 
@@ -562,7 +572,7 @@ class Inverter:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../nbs/05_inversion.ipynb #cell-60
+# %% ../nbs/05_inversion.ipynb #cell-61
 @patch
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     n, views = len(images), [augment(images) for augment in self.views]
@@ -598,7 +608,7 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
     agreement = 100 * (view.logits.argmax(1) == targets).float().mean()
     return view.images.detach(), {name: v.detach() for name, v in values.items()} | {"agreement": agreement}
 
-# %% ../nbs/05_inversion.ipynb #cell-62
+# %% ../nbs/05_inversion.ipynb #cell-63
 @patch
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
@@ -640,7 +650,7 @@ def synthesise(
     with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
-# %% ../nbs/05_inversion.ipynb #cell-64
+# %% ../nbs/05_inversion.ipynb #cell-65
 @patch
 def state_dict(self: Inverter) -> dict:
     "Everything that is kept from batch to batch, as tensors and plain values."

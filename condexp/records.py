@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+import condexp
 from .cache import write_atomic
 from .data import ImageSet
 from .training import predict
@@ -30,7 +31,7 @@ from .training import predict
 def environment(fabric: Fabric) -> dict:
     "What a run ran on: versions, device, and the code's commit where it is known."
     cuda = fabric.device.type == "cuda"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    git = ["git", "-C", str(Path(condexp.__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return dict(
         python=platform.python_version(),
@@ -170,9 +171,11 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
     if not {"mixed", "expanded"} <= distances.keys():
         return []
     a, b = (distances[arm]["class_frechet"] for arm in ("mixed", "expanded"))
-    agree = distances["expanded"]["agreement"]
-    return [f"The guided pool lies {'nearer to' if b < a else 'farther from'} the real images in the teacher's features: "
-            f"per-class Frechet distance {b:.1f} against {a:.1f} unguided; the teacher sees the asked class in {agree:.0f} % of it."]
+    agree, where = distances["expanded"]["agreement"], "nearer to" if b < a else "farther from"
+    return [
+        f"In the teacher's features the guided pool lies {where} the real images than the unguided one: per-class "
+        f"Frechet distance {b:.1f} against {a:.1f}. The teacher sees the asked class in {agree:.0f} % of it."
+    ]
 
 # %% ../nbs/11_records.ipynb #cell-22
 def arm_table(record: dict) -> pd.DataFrame:

@@ -103,10 +103,11 @@ class Schedule:
 
 
 def default_schedule(images: ImageSet) -> Schedule:
-    "A teacher's schedule: about 17 optimizer steps times the square root of the number of images."
+    "A teacher's schedule: about 17 optimizer steps times the square root of the number of images, a third if grey."
     batch_size = 128 if len(images) >= 10_000 else 64
     steps = max(1, len(images) // batch_size)
-    return Schedule(math.ceil(17 * math.sqrt(len(images)) / steps), steps, batch_size)
+    total = 17 * math.sqrt(len(images)) * images.channels / 3
+    return Schedule(math.ceil(total / steps), steps, batch_size)
 
 
 def sgd_onecycle(model: nn.Module, schedule: Schedule) -> tuple[torch.optim.SGD, OneCycleLR]:
