@@ -308,12 +308,7 @@ class AdversarialAlignment(Alignment):
     "Paper A's feature alignment: a discriminator of standardised teacher features, conditional or not."
     series = ("real", "fake")  # share of real and of fake samples that the discriminator calls right
 
-    def __init__(
-        self,
-        bank: FeatureBank,
-        settings: AlignmentSettings,
-        conditional: bool = True,
-    ):
+    def __init__(self, bank: FeatureBank, settings: AlignmentSettings, conditional: bool = True):
         super().__init__(bank, settings)
         device, num_classes = bank.features.device, len(bank.counts) if conditional else 0
         self.discriminator = FeatureDiscriminator(bank.features.shape[1], num_classes, settings.hidden).to(device)
