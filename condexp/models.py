@@ -61,6 +61,8 @@ class SmallNet(nn.Module):
         self.pool = nn.Flatten() if pooled_from else nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.num_features = channels * (img_size // pooled_from) ** 2 if pooled_from else channels
         self.head_hidden_size = self.num_features
+        if not self.num_features:
+            raise ValueError(f"images of {img_size} pixels are too small: nothing is left of them after the body")
         kaiming(self)
         self.reset_classifier(num_classes)
 

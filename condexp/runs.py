@@ -226,14 +226,16 @@ def distillation(run: RunKD, train: ImageSet) -> Distillation:
     "The settings of `run_kd`'s arms: equal for all of them."
     small = len(train) <= 5000
     return Distillation(
-        epochs=run.epochs or (10 if small else 20),
-        steps=run.steps or (40 if small else 50),
+        epochs=run.epochs or (8 if small else 20),
+        steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size,
         temperature=float(run.temperature),
         inversion=run.inversion,
         alignment=run.alignment,
         layer=run.layer,
         rounds=2,
+        synthesis_batch=64 if small else 100,
+        warmup=6 if small else 20,
     )
 
 

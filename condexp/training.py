@@ -126,7 +126,8 @@ def _batches(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: in
         for index in torch.arange(len(images), device=images.images.device).split(batch_size):
             x = images.batch(index).to(fabric.device).contiguous(memory_format=torch.channels_last)
             with fabric.autocast():
-                yield model.features_logits(x)
+                seen = model.features_logits(x)
+            yield seen
     finally:
         model.train(was_training)
 

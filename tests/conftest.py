@@ -38,7 +38,9 @@ def digits():
 @pytest.fixture(scope="session")
 def trained(digits, fabric):
     "A small teacher of digits and its metadata."
-    teacher, meta = train_classifier("wrn_16_1", digits, Schedule(epochs=6, steps=40, batch_size=64, lr=0.2), seed=0, fabric=fabric)
+    teacher, meta = train_classifier(
+        "wrn_16_1", digits, Schedule(epochs=6, steps=40, batch_size=64, lr=0.2), seed=0, fabric=fabric
+    )
     assert meta["accuracy"] > 94
     return freeze(teacher), meta
 

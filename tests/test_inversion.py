@@ -1,5 +1,6 @@
 """What holds for every way of inverting a teacher; one that is added to INVERSIONS is covered on that day."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from condexp.data import ImageSet
 from condexp.inversion import INVERSIONS, Inverter
 from condexp.models import fingerprint, freeze, make_classifier
-from condexp.training import predict, seeded
+from condexp.training import seeded
 
 SHAPES = [(1, 8), (3, 28), (3, 32), (1, 28)]  # channels, pixels
 
@@ -84,22 +85,31 @@ def test_a_saved_state_goes_on_with_the_same_images(recipe, teacher, fabric, tmp
             assert torch.equal(two.synthesise(targets, warm=True), wanted)
 
 
+def milder(teacher, share):
+    "A student that names the same classes as the teacher, with less conviction."
+    student = copy.deepcopy(teacher)
+    for p in student.last_layer.parameters():
+        p.data *= share
+    return student
+
+
+def adversarial_terms(recipe):
+    return [term.name for term in recipe.terms if term.warm] or pytest.skip("this recipe has no adversarial term")
+
+
 def test_the_adversarial_term_reads_the_student(recipe, teacher, fabric):
-    students = [untrained(1, 16, classes=10, seed=seed) for seed in (1, 2)]
-    if not any(term.warm for term in recipe.terms):
-        pytest.skip("this recipe has no adversarial term")
+    adversarial_terms(recipe)
+    students = [milder(teacher, share) for share in (0.5, 0.1)]
     cold = [pool(recipe, teacher, student, fabric, warm=False)[0] for student in students]
     warm = [pool(recipe, teacher, student, fabric, warm=True)[0] for student in students]
     assert torch.equal(*cold) and not torch.equal(*warm)
 
 
-def test_a_teacher_as_its_own_student_earns_nothing(recipe, teacher, fabric):
-    "The mistake of a public code base: nothing fails, the term is just constant."
-    names = [term.name for term in recipe.terms if term.warm]
-    if not names:
-        pytest.skip("this recipe has no adversarial term")
-    stranger, twin = (pool(recipe, teacher, s, fabric)[1].losses[-1] for s in (untrained(1, 16, classes=10), teacher))
-    assert stranger[names[0]] < twin[names[0]] - 1e-4
+def test_a_student_that_disagrees_earns_more_than_the_teacher_itself(recipe, teacher, fabric):
+    "A public code base hands in the teacher as the student: nothing fails, the term is just constant."
+    (name,) = adversarial_terms(recipe)
+    student, twin = (pool(recipe, teacher, milder(teacher, s), fabric)[1].losses[0][name] for s in (0.1, 1))
+    assert student < twin - 1e-3
 
 
 class Seen:
@@ -127,12 +137,10 @@ def test_an_alignment_joins_every_method(recipe, teacher, fabric):
 
 
 @pytest.mark.parametrize("name", INVERSIONS)
-def test_the_teacher_sees_the_classes_that_were_asked_for(name, teacher, digits, fabric):
-    recipe, targets = INVERSIONS[name], torch.arange(50) % 10
-    recipe = replace(recipe, steps=min(recipe.steps, 100))
-    with seeded(0), Inverter(recipe, teacher, untrained(1, 16, classes=10), fabric, batch_size=50) as inverter:
-        for _ in range(15 if name == "fast" else 1):
+def test_the_teacher_sees_the_classes_that_were_asked_for(name, teacher, fabric):
+    steps, batches = (0, 12) if name == "fast" else (200, 1)  # Fast learns from batch to batch
+    targets = torch.arange(30) % 10
+    with seeded(0), Inverter(INVERSIONS[name], teacher, untrained(1, 16, classes=10), fabric, steps=steps) as inverter:
+        for _ in range(batches):
             images = inverter.synthesise(targets, warm=False)
-    like = digits.train
-    _, logits = predict(teacher, ImageSet(images.cpu(), targets, like.classes, like.mean, like.std), fabric)
-    assert (logits.argmax(1) == targets).float().mean() >= 0.8
+    assert (teacher(images).argmax(1) == targets).float().mean() >= 0.8
