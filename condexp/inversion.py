@@ -29,7 +29,7 @@ from .models import Classifier, Generator
 
 # %% ../nbs/05_inversion.ipynb #cell-07
 class ChannelMoments(torch.autograd.Function):
-    "`x`, its channel means per image, and its channel variance over the first `rows` images, for little more than reading `x`."
+    "`x`, its channel means per image, and its channel variance over the first `rows` images."
 
     @staticmethod
     def forward(ctx, x: Float[Tensor, "n c h w"], rows: int):
@@ -94,10 +94,13 @@ class Watch:
         self.seen.append(moments)
         return (x,)
 
+    def expect(self, rows: int) -> None:
+        "A pass begins: forget what was seen; the first `rows` images are the global view (0: all)."
+        self.rows, self.seen = rows, []
+
     def read(self) -> Statistics:
-        "The statistics of the pass since the last call; gradients flow back to the images."
+        "The statistics of the last pass; gradients flow back to the images."
         means, var = (torch.cat(parts, dim=-1).float() for parts in zip(*self.seen, strict=True))
-        self.seen = []
         mean = means[: self.rows or None].mean(0)
         return Statistics(means, mean, var, self.running_mean, self.running_var, self.member)
 
@@ -230,7 +233,7 @@ def contrast(
     globals_: Float[Tensor, "m p"],  # of the other view of the same images, in the same order
     temperature: float = 0.1,
 ) -> Float[Tensor, " m"]:
-    "InfoNCE of each local view against all global ones, in nats; the global side is held fixed, as in the official code."
+    "InfoNCE of each local view against all global ones, in nats; no gradient through the global side."
     logits = local @ globals_.detach().T / temperature
     return F.cross_entropy(logits, torch.arange(len(local), device=local.device), reduction="none")
 
@@ -369,13 +372,15 @@ class FreshGenerator(Source):
         nz: int = 256,  # numbers in an input
         conditional: bool = False,  # tell the generator the class; the papers do not
     ):
-        self.canvas, self.lr, self.lr_z, self.betas, self.nz, self.conditional = canvas, lr, lr_z, betas, nz, conditional
+        self.canvas, self.nz, self.conditional = canvas, nz, conditional
+        self.lr, self.lr_z, self.betas = lr, lr_z, betas
 
     def make(self) -> Generator:
         "A generator to start from."
         classes = self.canvas.num_classes if self.conditional else 0
-        generator = Generator(self.canvas.size, self.canvas.channels, self.nz, classes).to(self.canvas.device)
-        return generator.to(memory_format=torch.channels_last).train()
+        width = min(64, 2 * self.canvas.size)
+        generator = Generator(self.canvas.size, self.canvas.channels, self.nz, classes, width)
+        return generator.to(self.canvas.device, memory_format=torch.channels_last).train()
 
     def begin(self, targets):
         self.generator = self.make()
@@ -549,9 +554,9 @@ class Inverter:
         self.teacher, self.student, self.fabric, self.alignment = teacher, student, fabric, alignment
         self.batch_size = whole("batch_size", batch_size, 2)
         self.watch, spec, device = Watch(teacher), teacher.spec, fabric.device
-        self.terms = [replace(t, loss=copy.deepcopy(t.loss)) for t in recipe.terms if self.watch.layers or not t.watches]
-        dropped = [t.name for t in recipe.terms if t.watches and not self.watch.layers]
-        self.notes = [f"{name} does not apply: {spec.name} has no BatchNorm layers" for name in dropped]
+        dropped = [t for t in recipe.terms if t.watches and not self.watch.layers]
+        self.notes = [f"{t.name} does not apply: {spec.name} has no BatchNorm layers" for t in dropped]
+        self.terms = [replace(t, loss=copy.deepcopy(t.loss)) for t in recipe.terms if t not in dropped]
         self.watches = any(t.watches for t in self.terms)
         self.memories = {t.name: t.loss for t in self.terms if isinstance(t.loss, Remembering)}
         for memory in self.memories.values():
@@ -559,7 +564,7 @@ class Inverter:
         self.views = [replace(a, flip=a.flip and flippable(spec)) for a in recipe.views]
         shape = spec.size, spec.channels, len(spec.classes), spec.mean, spec.std
         self.source = recipe.source(Canvas(*shape, recipe.steps, device))
-        self.losses: list[dict[str, float]] = []  # a batch: each term's mean over the steps, the total, the agreement in percent
+        self.losses: list[dict[str, float]] = []  # a batch: mean of each term over the steps, total, agreement in percent
         self.trace: dict[str, list[float]] = {}  # the last batch, step by step
 
     def close(self) -> None:
@@ -577,7 +582,7 @@ class Inverter:
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     n, views = len(images), [augment(images) for augment in self.views]
     x = views[0] if len(views) == 1 else torch.cat(views)
-    self.watch.rows = n
+    self.watch.expect(n)
     features, logits = self.teacher.features_logits(x.contiguous(memory_format=torch.channels_last))
     statistics = self.watch.read() if self.watches else None
     return View(images, targets, views[0], features[:n].float(), logits[:n].float(), self.student, statistics)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Run', 'text', 'known_model', 'RunTeacher', 'RunCondense', 'RunKD', 'parameters', 'open_run', 'read_teacher',
-           'open_teacher', 'shortly', 'check_ipc', 'condensed_set', 'arm_sources', 'distillation', 'teacher_schedule']
+           'open_teacher', 'shortly', 'check_ipc', 'condensed_set', 'arm_sources', 'distillation', 'teacher_schedule',
+           'evaluation_schedule']
 
 # %% ../nbs/12_runs.ipynb #cell-02
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import NoneType
 
@@ -16,7 +17,7 @@ import torch
 from lightning_fabric import Fabric
 
 from .cache import config_hash, one_of, refuse, whole
-from .condensation import CONDENSERS, check_condenser, condense, load_condensed
+from .condensation import CONDENSERS, EVALUATION, check_condenser, condense, load_condensed
 from .data import ImageSet, Splits, load_splits, random_per_class
 from .discriminator import ALIGNMENTS
 from .inversion import INVERSIONS
@@ -40,9 +41,10 @@ class Run:
     record: str
 
     def __post_init__(self):
-        for name in ("size", "seed", "epochs", "steps"):
+        for name in ("size", "seed", "epochs", "steps", "batch_size"):
             whole(name, getattr(self, name), 0)
-        whole("batch_size", self.batch_size, 2)
+        if self.batch_size == 1:
+            refuse("batch_size", 1, "BatchNorm needs at least 2 images; 0 is the default")
         one_of("device", self.device, DEVICES)
         one_of("precision", str(self.precision), PRECISIONS)
         text("record", self.record, empty=True)
@@ -228,7 +230,7 @@ def distillation(run: RunKD, train: ImageSet) -> Distillation:
     return Distillation(
         epochs=run.epochs or (8 if small else 20),
         steps=run.steps or (25 if small else 50),
-        batch_size=run.batch_size,
+        batch_size=run.batch_size or 128,
         temperature=float(run.temperature),
         inversion=run.inversion,
         alignment=run.alignment,
@@ -240,6 +242,11 @@ def distillation(run: RunKD, train: ImageSet) -> Distillation:
 
 
 def teacher_schedule(run: RunTeacher, train: ImageSet) -> Schedule:
-    "The teacher's schedule: the set's default where `epochs` or `steps` is 0."
+    "The teacher's schedule: the set's default where `epochs`, `steps` or `batch_size` is 0."
     usual = default_schedule(train)
-    return Schedule(run.epochs or usual.epochs, run.steps or usual.steps, run.batch_size)
+    return Schedule(run.epochs or usual.epochs, run.steps or usual.steps, run.batch_size or usual.batch_size)
+
+def evaluation_schedule(run: RunCondense) -> Schedule:
+    "How networks are trained from scratch on a condensed set: `condensation.EVALUATION`, changed where the run says so."
+    asked = {name: getattr(run, name) for name in ("epochs", "steps", "batch_size")}
+    return replace(EVALUATION, **{name: value for name, value in asked.items() if value})
