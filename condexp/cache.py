@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'cache_dir', 'config_hash', 'write_atomic', 'save_tensors', 'load_tensors', 'Checkpoint', 'cached',
-           'progress', 'refuse', 'one_of', 'whole']
+           'NotebookBar', 'progress', 'refuse', 'one_of', 'whole']
 
 # %% ../nbs/00_cache.ipynb #cell-02
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from IPython import get_ipython
+from IPython.display import display
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_cache.ipynb #cell-05
 def cache_dir() -> Path:
@@ -119,11 +122,23 @@ def cached(
     return load(path)
 
 # %% ../nbs/00_cache.ipynb #cell-22
-def progress(items: Iterable, description: str, **kwargs) -> tqdm:
-    "A progress bar over `items` with the time left; it disappears from logs that are not a terminal when done."
-    return tqdm(items, desc=description, mininterval=0.5, dynamic_ncols=False, ncols=90, **kwargs)
+class NotebookBar(tqdm):
+    "tqdm's bar as one output of a notebook cell."
 
-# %% ../nbs/00_cache.ipynb #cell-24
+    def __init__(self, *args, **kwargs):
+        self.line = display({"text/plain": ""}, raw=True, display_id=True)
+        super().__init__(*args, file=io.StringIO(), **kwargs)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        self.line.update({"text/plain": str(self) if msg is None else msg}, raw=True)
+
+
+def progress(items: Iterable | None, description: str, **kwargs) -> tqdm:
+    "A progress bar over `items`, or for `total` steps, with the time left; `leave=False` removes it when done."
+    in_notebook = getattr(get_ipython(), "kernel", None) is not None
+    return (NotebookBar if in_notebook else tqdm)(items, desc=description, mininterval=0.5, ncols=90, **kwargs)
+
+# %% ../nbs/00_cache.ipynb #cell-25
 def refuse(name: str, value: Any, allowed: str) -> None:
     "Raise the `ValueError` that every refusal of a parameter is."
     raise ValueError(f"{name} is {value!r}, but {allowed}")

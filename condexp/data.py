@@ -33,7 +33,6 @@ import torchvision
 from jaxtyping import Float, Int, UInt8
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -455,6 +454,8 @@ def make_splits(
 # %% ../nbs/00_data.ipynb #cell-56
 def _digits(size: int) -> Splits:
     "scikit-learn's digits, resized bilinearly."
+    from sklearn.datasets import load_digits  # slow to import, and needed once
+
     bunch = load_digits()
     x = torch.from_numpy(bunch.images).float()[:, None] / 16
     x = F.interpolate(x, size=(size, size), mode="bilinear", antialias=True)

@@ -230,7 +230,7 @@ def distillation(run: RunKD, train: ImageSet) -> Distillation:
     return Distillation(
         epochs=run.epochs or (8 if small else 20),
         steps=run.steps or (25 if small else 50),
-        batch_size=run.batch_size or 128,
+        batch_size=run.batch_size or (64 if small else 128),
         temperature=float(run.temperature),
         inversion=run.inversion,
         alignment=run.alignment,
