@@ -127,7 +127,7 @@ class NotebookBar(tqdm):
 
     def __init__(self, *args, **kwargs):
         self.line = display({"text/plain": ""}, raw=True, display_id=True)
-        super().__init__(*args, file=io.StringIO(), **kwargs)
+        super().__init__(*args, file=io.StringIO(), ascii=False, **kwargs)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         self.line.update({"text/plain": str(self) if msg is None else msg}, raw=True)

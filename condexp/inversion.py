@@ -493,7 +493,7 @@ CMI = Recipe(
     source=partial(FreshGenerator, lr=1e-3, lr_z=1e-3),
     terms=(
         Term("bn", 1.0, bn_statistics, watches=True),
-        Term("one_hot", 1.0, one_hot),
+        Term("one_hot", 3.0, one_hot),
         Term("adversarial", 0.5, adversarial, warm=True),
         Term("contrastive", 0.8, Contrastive(temperature=0.1), watches=True),
     ),
@@ -507,7 +507,7 @@ DEEPINVERSION = Recipe(
     source=partial(Pixels, lr=0.1),
     terms=(
         Term("bn", 1.0, bn_statistics, watches=True),
-        Term("one_hot", 1.0, one_hot),
+        Term("one_hot", 3.0, one_hot),
         Term("tv", 0.1, total_variation),
         Term("l2", 1e-4, l2),
         Term("adversarial", 1.0, js_adversarial, warm=True),
