@@ -154,6 +154,7 @@ def show_images(
     size = (scale * columns + bool(rows), scale * -(-len(x) // columns) + 0.3 * bool(title))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.imshow(grid, interpolation="nearest")
+    axes.grid(False)
     axes.set_xticks([step * (i + 0.5) for i in range(len(names))], names)
     axes.set_yticks([step * (i + 0.5) for i in range(len(rows))], rows)
     axes.tick_params(length=0, labelsize=9)

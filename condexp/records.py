@@ -35,7 +35,7 @@ def environment(fabric: Fabric) -> dict:
     return dict(
         python=platform.python_version(),
         **{name: version(name) for name in ("condexp", "torch", "torchvision", "timm")},
-        device=torch.cuda.get_device_name(fabric.device) if cuda else f"CPU ({torch.get_num_threads()} threads)",
+        device=torch.cuda.get_device_name(fabric.device) if cuda else f"CPU, threads: {torch.get_num_threads()}",
         precision=str(fabric._precision.precision),
         commit=commit or "unknown",
     )
@@ -102,7 +102,8 @@ def plot_students(
         ax.plot(*points, label=arm, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], markersize=5)
     ax.axhline(teacher_accuracy, color="0.4", linestyle=":", label="teacher")
     ax.set(xlabel="epoch", ylabel="student accuracy (% of test images)", title=title)
-    ax.legend(loc="lower right", ncols=2)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside right upper")
     plt.close(figure)
     return figure
 
@@ -116,7 +117,8 @@ def plot_discriminator(history: list[dict], title: str = "Feature-alignment disc
         ax.plot(epochs, [100 * h[name] for h in history], marker=mark, color=colour, label=text)
     ax.axhline(50, color="0.4", linestyle=":", label="guessing")
     ax.set(xlabel="epoch", ylabel="correct (%)", ylim=(0, 103), title=title)
-    ax.legend(loc="lower right")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside right upper")
     plt.close(figure)
     return figure
 
@@ -137,7 +139,10 @@ def tsne_plane(
         reduced = PCA(min(30, *features.shape), random_state=0).fit_transform(features)
         return torch.tensor(TSNE(init="pca", perplexity=min(30, len(reduced) / 4), random_state=0).fit_transform(reduced))
 
-    plane = cached("tsne", config, compute, lambda path, p: save_tensors(path, {"p": p}, {}), lambda path: load_tensors(path)[0]["p"])
+    def save(path, plane) -> None:
+        save_tensors(path, {"plane": plane}, {})
+
+    plane = cached("tsne", config, compute, save, lambda path: load_tensors(path)[0]["plane"])
     return dict(zip(sets, plane.split([len(s) for s in sets.values()]), strict=True))
 
 
