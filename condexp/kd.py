@@ -194,7 +194,9 @@ def _synthesise(self: Joint, adversarial: bool) -> tuple[Tensor, Tensor]:
 
 @patch
 def warm_up(self: Joint) -> None:
-    "Train the generator on batches that are thrown away, before the student's first step."
+    "Train a generator that learns on batches that are thrown away, before the student's first step."
+    if not self.inverter.source.learns:
+        return
     for _ in progress(range(self.settings.warmup), "warming the generator up", leave=False):
         self._synthesise(adversarial=False)
 

@@ -111,6 +111,7 @@ class RunKD(Run):
     ipc: int
     condenser: str
     inversion: str
+    inversion_steps: int
     alignment: str
     layer: str
     temperature: float
@@ -124,6 +125,7 @@ class RunKD(Run):
         if self.condenser not in CONDENSERS and not Path(text("condenser", self.condenser)).is_file():
             refuse("condenser", self.condenser, f"it must be one of {', '.join(CONDENSERS)}, or the path of a saved set")
         one_of("inversion", self.inversion, INVERSIONS)
+        whole("inversion_steps", self.inversion_steps, 0)
         one_of("alignment", self.alignment, ALIGNMENTS)
         text("layer", self.layer)
         if type(self.temperature) not in (int, float) or not 0 < self.temperature < math.inf:
@@ -227,12 +229,14 @@ def arm_sources(run: RunKD, train: ImageSet, fabric: Fabric) -> dict[str, ImageS
 def distillation(run: RunKD, train: ImageSet) -> Distillation:
     "The settings of `run_kd`'s arms: equal for all of them."
     small = len(train) <= 5000
+    own = INVERSIONS[run.inversion].steps
     return Distillation(
         epochs=run.epochs or (8 if small else 20),
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
         temperature=float(run.temperature),
         inversion=run.inversion,
+        inversion_steps=run.inversion_steps or (min(own, 60) if small else 0),
         alignment=run.alignment,
         layer=run.layer,
         rounds=2,

@@ -71,8 +71,7 @@ def taught_by_noise(trained, digits, budget, fabric):
 
 @pytest.mark.parametrize("inversion", INVERSIONS)
 def test_a_pool_teaches_far_better_than_noise(inversion, taught_by_noise, teacher, digits, budget, fabric):
-    steps = 0 if inversion == "fast" else 60
-    settings = replace(budget, inversion=inversion, inversion_steps=steps, warmup=4 if inversion == "fast" else 0)
+    settings = replace(budget, inversion=inversion, inversion_steps=min(60, INVERSIONS[inversion].steps))
     result = distil("inversion", teacher, "wrn_10_1", {}, digits, settings, 0, fabric)
     assert result.accuracy > taught_by_noise + 20
     assert result.distances["agreement"] >= 80
