@@ -530,8 +530,8 @@ class ReplayGenerator(KeptGenerator):
         share: float = 0.25,  # of a batch that is replayed
         memory_steps: int = 10,  # of the memory, a batch
         lr_memory: float = 1e-3,  # Adam's, of the memory
-        tuning: int = 10,  # steps of a replay's latents
-        lr_tuning: float = 0.02,  # Adam's, of the latents
+        tuning: int = 20,  # steps of a replay's latents
+        lr_tuning: float = 0.1,  # Adam's, of the latents
         **settings,  # of `KeptGenerator`
     ):
         super().__init__(canvas, **settings)
@@ -541,9 +541,10 @@ class ReplayGenerator(KeptGenerator):
         self.batches = 0
 
     def finish(self, images, targets, teacher):
-        old = round(self.share * len(images)) if self.batches else 0
-        if old > 1:
-            images = torch.cat([self.memory.replay(targets[:old], teacher, self.tuning, self.lr_tuning), images[old:]])
+        count = round(self.share * len(images)) if self.batches else 0
+        if count > 1:
+            old, images = torch.randperm(len(images), device=images.device)[:count], images.clone()
+            images[old] = self.memory.replay(targets[old], teacher, self.tuning, self.lr_tuning)
         for _ in range(self.memory_steps):
             self.memory_optimizer.zero_grad(set_to_none=True)
             self.memory.loss(images, targets, teacher).backward()
