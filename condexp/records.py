@@ -208,10 +208,16 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
         return []
     a, b = (distances[arm]["class_frechet"] for arm in ("mixed", "expanded"))
     agree, where = distances["expanded"]["agreement"], "nearer to" if b < a else "farther from"
-    return [
+    lines = [
         f"In the teacher's features the guided pool lies {where} the real images than the unguided one: per-class "
         f"Frechet distance {b:.1f} against {a:.1f}. The teacher sees the asked class in {agree:.0f} % of it."
     ]
+    if given := distances.get("condensed"):
+        c, seen = given["class_frechet"], given["agreement"]
+        lines.append(f"The condensed images, which guide it, lie at {c:.1f}; the teacher sees the class of {seen:.0f} % of them.")
+        if c > a:
+            lines.append("That is farther than the unguided pool: guidance towards them need not lead towards real images.")
+    return lines
 
 # %% ../nbs/11_records.ipynb #cell-23
 TABLE = dict(  # entry of a record: column, format
