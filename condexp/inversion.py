@@ -649,7 +649,7 @@ DAFL = Recipe(
 ZSKT = Recipe(
     name="zskt",
     source=_one_generator,
-    terms=(Term("one_hot", 1.0, one_hot), Term("adversarial", 1.0, disagreement, warm=True)),
+    terms=(Term("one_hot", 3.0, one_hot), Term("adversarial", 1.0, disagreement, warm=True)),
     steps=20,
 )
 

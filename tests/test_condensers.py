@@ -59,7 +59,7 @@ def mean_of_five(name, digits, fabric):
         s
         for seed in range(5)
         for s in train_from_scratch(
-            condense(name, digits.train, 1, seed, 0, fabric), digits.test, [seed], fabric=fabric
+            condense(name, digits.train, 1, seed, 50, fabric), digits.test, [seed], fabric=fabric
         )
     ]
     return sum(scores) / len(scores)
