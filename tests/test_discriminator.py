@@ -5,7 +5,8 @@ import pytest
 from condexp.data import random_per_class
 from condexp.kd import Distillation, distil
 
-SETTINGS = Distillation(epochs=3, steps=2, batch_size=32, rounds=2, synthesis_batch=60, warmup=4)  # the pool matters here, not the student
+# The pool matters here, not the student.
+SETTINGS = Distillation(epochs=3, steps=2, batch_size=32, rounds=2, synthesis_batch=60, warmup=4)
 
 
 def distances(arm, seed, teacher, digits, fabric):
