@@ -20,7 +20,7 @@ from torch import Tensor
 from .augment import standard
 from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
 from .data import ImageSet
-from .discriminator import ALIGNMENTS, class_frechet, class_mmd, make_alignment
+from .discriminator import class_frechet, class_mmd, make_alignment, named_alignment
 from .inversion import INVERSIONS, Inverter
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
 from .training import Schedule, accuracy, glance, on_device, predict, rng_state, seeded, set_rng_state, sgd_onecycle
@@ -102,7 +102,7 @@ class Distillation:
     synthesis_batch: int = 100  # images a synthesised batch
     warmup: int = 10  # batches synthesised, and thrown away, before the first epoch
     adversarial_after: int = 2  # epochs before the inversion's adversarial term reads the student
-    alignment: str = "conditional"  # a name in ALIGNMENTS
+    alignment: str = "conditional"  # a name in ALIGNMENTS, or "name:weight"
     layer: str = "penultimate"  # where features are aligned; else the name of a module of the teacher
 
     def __post_init__(self):
@@ -112,7 +112,7 @@ class Distillation:
             refuse("temperature", self.temperature, "it must be positive")
         one_of("direction", self.direction, DIRECTIONS)
         one_of("inversion", self.inversion, INVERSIONS)
-        one_of("alignment", self.alignment, ALIGNMENTS)
+        named_alignment(self.alignment)
 
     def that_matter(self, arm: Arm) -> dict:
         "The settings that `arm` reads, so that others do not recompute it."
