@@ -53,6 +53,7 @@ class Condenser:
     "A way to make a few images per class out of many. Subclasses add settings as fields, and `make`."
 
     chooses: ClassVar[bool] = False  # among real images, instead of optimising new ones
+    iterations: ClassVar[tuple[int, int]] = (150, 300)  # by default: for up to 5,000 images, for more
 
     def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
         "`task.ipc` images of each class, class by class, with hard labels; and the history of the loss."
@@ -312,8 +313,9 @@ def descend(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"]
 class DSA(Condenser):
     "Gradient matching with differentiable siamese augmentation (Zhao & Bilen 2021)."
 
+    iterations = (100, 300)
     network: str = "convnet3_w64"
-    lr: float = 0.1  # of normalised pixels
+    lr: float = 0.3  # of normalised pixels (published: 0.1, for ten times the iterations)
     momentum: float = 0.5
     real: int = 64  # real images of each class a matching (published: 256)
     life: int = 10  # matchings that a network serves for, at two images per class or more; divides EVERY
@@ -420,15 +422,16 @@ class WhitePixels(Pixels):
 class MTT(Condenser):
     "Trajectory matching (Cazenavette et al. 2022) with a learned step size, in whitened pixels."
 
+    iterations = (50, 200)
     network: str = "convnet3_w64"
     lr: float = 100.0  # of whitened pixels
     momentum: float = 0.5
     step_size: float = 0.02  # of the student, at first
     lr_step: float = 0.02  # of its logarithm
     epsilon: float = 0.1  # of the whitening
-    experts: int = 4
+    experts: int = 3  # (published: 100)
     stretches: int = 8  # of an expert's training that are written down
-    stretch: int = 50  # steps
+    stretch: int = 40  # steps
     lr_expert: float = 0.03
     batch_size: int = 128  # of experts, and at most of students
     ahead: int = 2  # stretches that the student is to make good (M)
@@ -555,12 +558,9 @@ def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Co
     return condenser
 
 
-def default_iterations(
-    train: ImageSet,
-    ipc: int,  # images per class
-) -> int:
-    "What `iterations=0` means: 150 steps for up to 5,000 images, 1,000 for more, and twice that from 50 per class on."
-    return (150 if len(train) <= 5000 else 1000) * (2 if ipc >= 50 else 1)
+def default_iterations(condenser: Condenser, train: ImageSet, ipc: int) -> int:
+    "What `iterations=0` means: what suits method and set, and twice that from 50 images per class on."
+    return condenser.iterations[len(train) > 5000] * (2 if ipc >= 50 else 1)
 
 # %% ../nbs/04_condensation.ipynb #cell-61
 def condense(
@@ -573,7 +573,7 @@ def condense(
 ) -> ImageSet:  # on the device, class by class, hard labels; provenance: method, config, seed, history, seconds, evaluation, source
     "`ipc` images per class made from `train` by `name`, from the cache if they were made before. Refuses as `check_condenser`."
     condenser = check_condenser(name, train, ipc, iterations)
-    steps = 0 if condenser.chooses else iterations or default_iterations(train, ipc)
+    steps = 0 if condenser.chooses else iterations or default_iterations(condenser, train, ipc)
     settings = {"ipc": ipc, "iterations": steps, "precision": str(fabric._precision.precision), **asdict(condenser)}
     config = {"condenser": name, "seed": seed, "source": train.fingerprint, **settings}
 

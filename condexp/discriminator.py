@@ -247,7 +247,7 @@ class AlignmentSettings:
     hidden: int = 64  # units of the discriminator
     steps: int = 5  # of the discriminator for each of the generator's
     lr: float = 2e-3  # of the discriminator's Adam, betas 0.5 and 0.999
-    r1: float = 0.1  # weight of the gradient penalty
+    r1: float = 5.0  # weight of the gradient penalty
     floor: float = 0.0  # back off when fakes are given a lower probability than this; 0 never does
     conditional: bool = True  # the discriminator is told the class
     loss: str = "non_saturating"  # a name in GAN_LOSSES
@@ -277,6 +277,8 @@ ALIGNMENTS: dict[str, dict] = {  # name: what it changes in the default settings
     "dropout": {"dropout": 0.5},
     "one_view": {"views": 1},
     "slow": {"steps": 1},
+    "weak_r1": {"r1": 0.1},
+    "strong_r1": {"r1": 20.0},
 }
 
 

@@ -340,7 +340,8 @@ def run_arm(
         joint.run(splits.test, checkpoint, f"{name:>9}")
     if joint.inverter is not None:
         joint.inverter.close()
-    pool = joint.pool.as_set(method=settings.inversion, arm=name, seed=seed) if arm.pool else None
+    made = dict(method=settings.inversion, arm=name, seed=seed)
+    pool = joint.pool.as_set(**made, notes=joint.inverter.notes) if arm.pool else None
     with seeded(seed):
         distances = pool_quality(pool, splits.train, teacher, fabric) if arm.pool else {}
     seconds = {k: sum(h[f"{k}_seconds"] for h in joint.history) for k in ("synthesis", "student")}

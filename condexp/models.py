@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Body', 'SMALL_MODELS', 'default_cfgs', 'PENULTIMATE', 'kaiming', 'SmallNet', 'register_small', 'WideBlock',
-           'wide_body', 'residual_body', 'vgg_body', 'convnet_body', 'ModelSpec', 'create_backbone', 'watch',
-           'Classifier', 'make_classifier', 'from_spec', 'freeze', 'AtLayer', 'at_layer', 'model_names', 'takes',
-           'next_size', 'check_model', 'save_classifier', 'read_spec', 'load_classifier', 'fingerprint', 'Generator']
+           'wide_body', 'residual_body', 'vgg_body', 'convnet_body', 'register_mobilenet', 'ModelSpec',
+           'create_backbone', 'watch', 'Classifier', 'make_classifier', 'from_spec', 'freeze', 'AtLayer', 'at_layer',
+           'model_names', 'takes', 'next_size', 'check_model', 'save_classifier', 'read_spec', 'load_classifier',
+           'fingerprint', 'Generator']
 
 # %% ../nbs/02_models.ipynb #cell-02
 import copy
@@ -194,14 +195,20 @@ for _name, _width in (("convnet3", 128), ("convnet3_w64", 64)):
     register_small(_name, functools.partial(convnet_body, width=_width), pooled_from=8)
 
 # %% ../nbs/02_models.ipynb #cell-17
-def _mobilenetv2_cifar(pretrained: bool = False, **kwargs) -> nn.Module:
-    model = timm.create_model("mobilenetv2_100", pretrained, **kwargs)
-    for conv in (model.conv_stem, model.blocks[1][0].conv_dw):
-        conv.stride = (1, 1)
-    return model
+def register_mobilenet(name: str, width: str) -> None:
+    "Register timm's MobileNetV2 of a `width` in percent, made for 32 pixels: the first two strides are 1."
+
+    def entry(pretrained: bool = False, **kwargs) -> nn.Module:
+        model = timm.create_model(f"mobilenetv2_{width}", pretrained, **kwargs)
+        for conv in (model.conv_stem, model.blocks[1][0].conv_dw):
+            conv.stride = (1, 1)
+        return model
+
+    _register(name, entry)
 
 
-_register("mobilenetv2_cifar", _mobilenetv2_cifar)
+register_mobilenet("mobilenetv2_cifar", "100")
+register_mobilenet("mobilenetv2_035_cifar", "035")
 
 # %% ../nbs/02_models.ipynb #cell-20
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARM_ORDER', 'ARM_COLOURS', 'ARM_MARKERS', 'TABLE', 'environment', 'write_record', 'curves', 'record_rows',
-           'read_records', 'summary', 'plus_minus', 'paired', 'plot_students', 'plot_discriminators', 'tsne_plane',
-           'plot_tsne', 'in_words', 'arm_table', 'plot_accuracies']
+           'read_records', 'summary', 'plus_minus', 'paired', 'best_rival', 'scale', 'plot_students',
+           'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_arms', 'in_words', 'arm_table', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -77,6 +78,8 @@ def curves(history: list[dict]) -> list[dict]:
 def record_rows(record: dict, file: str) -> list[dict]:
     "A row for each accuracy of one record."
     common = record["config"] | dict(file=file, teacher_accuracy=record["teacher_accuracy"])
+    if "settings" in record:
+        common["schedule"] = "{epochs} epochs of {steps} steps of {batch_size} images".format(**record["settings"])
     per_set = {name: record.get(name, {}) for name in ("images", "steps")}
     rows = []
     for name, value in record["accuracy"].items():
@@ -123,7 +126,20 @@ def paired(
     p = float(ttest_rel(pairs[one], pairs[other]).pvalue) if n > 1 else float("nan")
     return dict(difference=gap.mean(), error=gap.sem(), p=p, better=int((gap > 0).sum()), seeds=n)
 
-# %% ../nbs/11_records.ipynb #cell-15
+# %% ../nbs/11_records.ipynb #cell-14
+def best_rival(table: pd.DataFrame, one: str, others: Sequence[str], value: str = "accuracy") -> dict:
+    "`paired` of `one` with the best, by its mean, of those of `others` that are there; `rival` is its name."
+    means = table[table.set.isin(others)].groupby("set")[value].mean()
+    rival = means.idxmax()
+    return {"rival": rival} | paired(table, one, rival, value)
+
+
+def scale(table: pd.DataFrame) -> list[str]:
+    "At what scale the records of a table were made: a line for each data set, size and schedule."
+    seeds = table.groupby(["dataset", "size", "schedule"], sort=False).seed.nunique()
+    return [f"`{name}`{f' at {size} px' if size else ''}, {schedule}, {n} seeds" for (name, size, schedule), n in seeds.items()]
+
+# %% ../nbs/11_records.ipynb #cell-17
 ARM_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "full")
 ARM_COLOURS = dict(zip(ARM_ORDER, sns.color_palette("colorblind", len(ARM_ORDER)), strict=True))
 ARM_MARKERS = dict(zip(ARM_ORDER, "sDvoP^", strict=True))
@@ -146,7 +162,7 @@ def plot_students(
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-18
+# %% ../nbs/11_records.ipynb #cell-20
 def plot_discriminators(histories: dict[str, list[dict]]) -> Figure:
     "How often discriminators are right about condensed (real) and synthetic (fake) features, epoch by epoch."
     figure, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
@@ -161,7 +177,7 @@ def plot_discriminators(histories: dict[str, list[dict]]) -> Figure:
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-21
+# %% ../nbs/11_records.ipynb #cell-23
 def tsne_plane(
     sets: dict[str, ImageSet],  # name -> images
     teacher: Classifier,
@@ -224,7 +240,28 @@ def _name_classes(ax, points: torch.Tensor, s: ImageSet) -> None:
         ax.text(x, y, s.classes[c], ha="center", va="center", fontsize=9, weight="bold",
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.75))
 
-# %% ../nbs/11_records.ipynb #cell-24
+# %% ../nbs/11_records.ipynb #cell-26
+def plot_arms(
+    table: pd.DataFrame,  # of `read_records`
+    y: str,  # the column whose values are the rows of a panel
+    col: str,  # and those that make the panels
+    row: str | None = None,
+) -> Figure:
+    "Accuracies of all arms: points are means, bars standard deviations over seeds."
+    arms = [arm for arm in ARM_ORDER if arm in set(table.set)]
+    height = 1.1 + 0.8 * table[y].nunique()
+    marks = dict(palette=ARM_COLOURS, markers=[ARM_MARKERS[a] for a in arms], linestyle="none", dodge=0.5)
+    bars = dict(errorbar="sd", capsize=0.08, err_kws={"linewidth": 1})
+    shape = dict(kind="point", height=height, aspect=max(1.0, 4.2 / height))
+    data = table.assign(**{y: table[y].astype(str)})
+    grid = sns.catplot(data, x="accuracy", y=y, hue="set", hue_order=arms, col=col, row=row, **shape, **marks, **bars)
+    grid.set_axis_labels("student accuracy (%)", y)
+    grid.set_titles(" | ".join(["{col_name}"] + [f"{row} {{row_name}}"] * bool(row)))
+    sns.move_legend(grid, "center left", bbox_to_anchor=(1, 0.5), title=None)
+    plt.close(grid.figure)
+    return grid.figure
+
+# %% ../nbs/11_records.ipynb #cell-29
 def in_words(record: dict) -> str:
     "The accuracies of one record as a few sentences of Markdown."
     accuracy, teacher = record["accuracy"], record["teacher_accuracy"]
@@ -258,7 +295,7 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
             lines.append("That is farther than the unguided pool: guidance towards them need not lead towards real images.")
     return lines
 
-# %% ../nbs/11_records.ipynb #cell-27
+# %% ../nbs/11_records.ipynb #cell-32
 TABLE = dict(  # entry of a record: column, format
     accuracy=("accuracy (%)", "{:.1f}"),
     images=("images", "{:,.0f}"),
@@ -281,7 +318,7 @@ def arm_table(record: dict) -> pd.DataFrame:
         for name, (column, form) in TABLE.items() if any(name in row for row in rows.values())
     })
 
-# %% ../nbs/11_records.ipynb #cell-28
+# %% ../nbs/11_records.ipynb #cell-33
 def plot_accuracies(record: dict) -> Figure:
     "The arms' accuracies as bars, the teacher's as a line."
     accuracy = record["accuracy"]

@@ -303,7 +303,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional"
         layer=run.layer,
         rounds=2,
         synthesis_batch=64 if small else 100,
-        warmup=6 if small else 20,
+        warmup=6 if small else min(20, run.epochs or 20),
     )
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from condexp.data import ImageSet
-from condexp.inversion import INVERSIONS, Inverter
+from condexp.inversion import INVERSIONS, Inverter, Term
 from condexp.models import fingerprint, freeze, make_classifier
 from condexp.training import seeded
 
-SHAPES = [(1, 8), (3, 28), (3, 32), (1, 28)]  # channels, pixels
+SHAPES = [(1, 8), (3, 28), (3, 32), (1, 28), (3, 64)]  # channels, pixels
 
 
 @pytest.fixture(params=INVERSIONS)
@@ -41,6 +41,25 @@ def test_images_have_the_shape_and_range_that_were_asked_for(recipe, channels, s
     assert images.shape == (12, channels, size, size) and not images.requires_grad
     assert torch.isfinite(images).all() and images.min() >= 0 and images.max() <= 1
     assert len(inverter.losses) == 2 and all(isinstance(v, float) for v in inverter.losses[-1].values())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
+def test_a_teacher_without_batchnorm_is_inverted_by_what_is_left(recipe, name, fabric):
+    teacher, seen = freeze(untrained(3, 32, name=name)), Seen()
+    with Inverter(recipe, teacher, untrained(3, 32, seed=1), fabric, seen, batch_size=4) as inverter:
+        images = inverter.synthesise(torch.arange(4) % 3)
+    assert torch.isfinite(images).all() and seen.updates == 2 and seen.features[0].grad.abs().sum() > 0
+    left_out = {t.name for t in recipe.terms if t.watches}
+    assert {note.split()[0] for note in inverter.notes} == left_out and not left_out & inverter.losses[0].keys()
+    assert all(f"does not apply: {name} has no BatchNorm layers" in note for note in inverter.notes)
+
+
+def test_a_loss_that_is_no_number_is_named_with_what_to_lower(recipe, teacher, fabric):
+    broken = Term("broken", 2.0, lambda view: view.images.sum() * float("nan"))
+    with Inverter(replace(recipe, terms=(*recipe.terms, broken)), teacher, teacher, fabric, batch_size=4) as inverter:
+        with pytest.raises(FloatingPointError, match=f"the term 'broken' of {recipe.name} is nan: lower its weight"):
+            inverter.synthesise(torch.arange(4))
+    assert hooks(teacher) == 0
 
 
 def test_the_same_seed_gives_the_same_images(recipe, teacher, fabric):
