@@ -118,7 +118,7 @@ BOUNDS = {
     "saturation": (0, 1), "contrast": (0, 1), "cutout": (0, 1),
 }
 
-
+# %% ../nbs/01_augment.ipynb #cell-18
 @dataclass(frozen=True)
 class Augment:
     "Ranges of a random transformation of image batches. A value outside its bounds is refused."
@@ -162,7 +162,7 @@ class Augment:
         "Draw for each sample, and apply."
         return self.apply(x, self.draw(len(x), x.device))
 
-# %% ../nbs/01_augment.ipynb #cell-18
+# %% ../nbs/01_augment.ipynb #cell-19
 def _drawn(
     a: Augment,
     u: Float[Tensor, "n 15"],  # uniform in [0, 1)
@@ -183,17 +183,17 @@ def _drawn(
         "cutout": (a.cutout > 0, u[:, 12:14]),
     }
 
-# %% ../nbs/01_augment.ipynb #cell-29
+# %% ../nbs/01_augment.ipynb #cell-30
 def flippable(images: ImageSet) -> bool:
     "Whether mirror images are as good: colour images, unless their classes are numbers (SVHN)."
     return images.channels == 3 and not all(name[:1].isdigit() for name in images.classes)
 
-# %% ../nbs/01_augment.ipynb #cell-30
+# %% ../nbs/01_augment.ipynb #cell-31
 def standard(images: ImageSet) -> Augment:
     "Shift by up to an eighth, and flip if that makes sense: what every classifier here is trained with."
     return Augment(shift=0.125, flip=flippable(images))
 
-# %% ../nbs/01_augment.ipynb #cell-31
+# %% ../nbs/01_augment.ipynb #cell-32
 def siamese(images: ImageSet) -> Augment:
     "The policy of DSA (Zhao & Bilen 2021): one of colour, crop, cutout, flip, scale, rotate, each time."
     brightness = 0.5 * sum(images.std) / images.channels

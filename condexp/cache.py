@@ -68,7 +68,7 @@ def save_tensors(
     header = {"condexp": json.dumps(meta)}
     return write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
 
-
+# %% ../nbs/00_cache.ipynb #cell-14
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     "Tensors and metadata of a file that `save_tensors` wrote; `ValueError` for any other file."
     try:
@@ -81,7 +81,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
         raise ValueError(f"{path} has no condexp header: it was not written by this library")
     return tensors, meta
 
-# %% ../nbs/00_cache.ipynb #cell-16
+# %% ../nbs/00_cache.ipynb #cell-17
 class Checkpoint:
     "The state of an unfinished computation, in one file; `Checkpoint(None)` keeps nothing."
 
@@ -104,7 +104,7 @@ class Checkpoint:
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-# %% ../nbs/00_cache.ipynb #cell-18
+# %% ../nbs/00_cache.ipynb #cell-19
 def cached(
     kind: str,  # a folder of the cache: "teacher", "condensed", ...
     config: dict,  # everything the result depends on, as plain values
@@ -120,7 +120,7 @@ def cached(
         checkpoint.remove()
     return load(path)
 
-# %% ../nbs/00_cache.ipynb #cell-22
+# %% ../nbs/00_cache.ipynb #cell-23
 class NotebookBar(tqdm):
     "tqdm's bar as one output of a notebook cell."
 
@@ -137,7 +137,7 @@ def progress(items: Iterable | None, description: str, **kwargs) -> tqdm:
     in_notebook = getattr(get_ipython(), "kernel", None) is not None
     return (NotebookBar if in_notebook else tqdm)(items, desc=description, mininterval=0.5, ncols=90, **kwargs)
 
-# %% ../nbs/00_cache.ipynb #cell-25
+# %% ../nbs/00_cache.ipynb #cell-26
 def refuse(name: str, value: Any, allowed: str) -> None:
     "Raise the `ValueError` that every refusal of a parameter is."
     raise ValueError(f"{name} is {value!r}, but {allowed}")

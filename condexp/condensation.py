@@ -47,7 +47,7 @@ class Task:
     fabric: Fabric
     checkpoint: Checkpoint  # where an optimisation keeps its state, and finds it
 
-
+# %% ../nbs/04_condensation.ipynb #cell-06
 @dataclass(frozen=True)
 class Condenser:
     "A way to make a few images per class out of many. Subclasses add settings as fields, and `make`."
@@ -62,7 +62,7 @@ class Condenser:
 
 CONDENSERS: dict[str, Condenser] = {}  # filled below: one entry a method
 
-# %% ../nbs/04_condensation.ipynb #cell-07
+# %% ../nbs/04_condensation.ipynb #cell-08
 @dataclass(frozen=True)
 class Random(Condenser):
     "Real images chosen at random."
@@ -75,7 +75,7 @@ class Random(Condenser):
 
 CONDENSERS["random"] = Random()
 
-# %% ../nbs/04_condensation.ipynb #cell-09
+# %% ../nbs/04_condensation.ipynb #cell-10
 def random_network(name: str, images: ImageSet, fabric: Fabric) -> nn.Module:
     "A frozen network for sets like `images`, its weights drawn from torch's global random state."
     return freeze(make_classifier(name, images)).to(fabric.device)
@@ -86,7 +86,7 @@ def embed(network: nn.Module, x: Float[Tensor, "n c h w"], fabric: Fabric) -> Fl
     with fabric.autocast():
         return network.features_logits(x)[0].float()
 
-# %% ../nbs/04_condensation.ipynb #cell-12
+# %% ../nbs/04_condensation.ipynb #cell-13
 def herd(
     features: Float[Tensor, "n d"],  # embeddings of one class
     count: int,  # images to choose, at most n
@@ -102,7 +102,7 @@ def herd(
         chosen.append(best)
     return torch.stack(chosen)
 
-# %% ../nbs/04_condensation.ipynb #cell-15
+# %% ../nbs/04_condensation.ipynb #cell-16
 @dataclass(frozen=True)
 class Herding(Condenser):
     "Real images that stay closest to the class mean, in embeddings of random ConvNets."
@@ -121,10 +121,10 @@ class Herding(Condenser):
             chosen.append(index[herd(torch.cat(parts), task.ipc)])
         return train.subset(torch.cat(chosen)), []
 
-
+# %% ../nbs/04_condensation.ipynb #cell-17
 CONDENSERS["herding"] = Herding()
 
-# %% ../nbs/04_condensation.ipynb #cell-17
+# %% ../nbs/04_condensation.ipynb #cell-19
 def class_means(
     features: Float[Tensor, "kn d"],  # k classes, one after the other, n images each
     classes: int,  # k
@@ -137,7 +137,7 @@ def dm_loss(real: Float[Tensor, "k d"], synthetic: Float[Tensor, "k d"]) -> Floa
     "Squared distance of class means, summed over classes (Zhao & Bilen 2023, eq. 6, one draw of network and augmentation)."
     return (real - synthetic).square().sum()
 
-# %% ../nbs/04_condensation.ipynb #cell-18
+# %% ../nbs/04_condensation.ipynb #cell-20
 def class_table(labels: Int[Tensor, "n"], classes: int) -> Int[Tensor, "k most"]:
     "The indices of each class as one row; shorter classes repeat theirs."
     rows = [(labels == c).nonzero().flatten() for c in range(classes)]
@@ -151,12 +151,12 @@ def draw_columns(table: Int[Tensor, "k most"], count: int) -> Int[Tensor, "k cou
     "Random members of each class, with replacement."
     return table.gather(1, torch.randint(table.shape[1], (len(table), count), device=table.device))
 
-# %% ../nbs/04_condensation.ipynb #cell-21
+# %% ../nbs/04_condensation.ipynb #cell-23
 def each(draw: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     "A draw for every class, made one for every image, `count` images a class."
     return {name: value.repeat_interleave(count, 0) for name, value in draw.items()}
 
-# %% ../nbs/04_condensation.ipynb #cell-23
+# %% ../nbs/04_condensation.ipynb #cell-25
 def embedded_means(
     network: nn.Module,
     augment: Augment,
@@ -168,7 +168,7 @@ def embedded_means(
     classes = len(next(iter(draw.values())))
     return class_means(embed(network, augment.apply(x, each(draw, len(x) // classes)), fabric), classes)
 
-# %% ../nbs/04_condensation.ipynb #cell-26
+# %% ../nbs/04_condensation.ipynb #cell-28
 class Pixels:
     "Synthetic images under optimisation: class by class, normalised inside, in [0, 1] outside."
 
@@ -207,7 +207,7 @@ class Pixels:
         self.z.copy_(state["z"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-# %% ../nbs/04_condensation.ipynb #cell-27
+# %% ../nbs/04_condensation.ipynb #cell-29
 def first_images(task: Task) -> ImageSet:
     "Random real images to begin from; drawn with replacement where a class has fewer than `task.ipc`."
     train, ipc = task.train, task.ipc
@@ -215,10 +215,10 @@ def first_images(task: Task) -> ImageSet:
         return random_per_class(train, ipc, task.seed)
     return train.subset(draw_columns(class_table(train.hard_labels, train.num_classes), ipc).flatten())
 
-# %% ../nbs/04_condensation.ipynb #cell-29
+# %% ../nbs/04_condensation.ipynb #cell-31
 EVERY = 10  # iterations between two readings of the loss, and two checkpoints
 
-
+# %% ../nbs/04_condensation.ipynb #cell-32
 def optimise(
     task: Task,
     pixels: Pixels,
@@ -237,7 +237,7 @@ def optimise(
             task.checkpoint.save({"pixels": pixels.state_dict(), "history": history, "rng": rng_state()})
     return history
 
-
+# %% ../nbs/04_condensation.ipynb #cell-33
 def resume(task: Task, pixels: Pixels) -> list[dict]:
     "Put everything back as the last checkpoint has it; its history."
     if (state := task.checkpoint.load()) is None:
@@ -246,7 +246,7 @@ def resume(task: Task, pixels: Pixels) -> list[dict]:
     set_rng_state(state["rng"])
     return state["history"]
 
-# %% ../nbs/04_condensation.ipynb #cell-31
+# %% ../nbs/04_condensation.ipynb #cell-35
 @dataclass(frozen=True)
 class DM(Condenser):
     "Distribution matching (Zhao & Bilen 2023): images with the class means of real ones in random embeddings."
@@ -281,10 +281,10 @@ class DM(Condenser):
             total += loss.detach()
         return total
 
-
+# %% ../nbs/04_condensation.ipynb #cell-36
 CONDENSERS["dm"] = DM()
 
-# %% ../nbs/04_condensation.ipynb #cell-37
+# %% ../nbs/04_condensation.ipynb #cell-42
 def gradient_distance(
     real: Sequence[Tensor],  # the gradient of each parameter
     synthetic: Sequence[Tensor],  # likewise
@@ -293,14 +293,14 @@ def gradient_distance(
     pairs = [(r.flatten(1), s.flatten(1)) for r, s in zip(real, synthetic, strict=True) if r.ndim > 1]
     return sum((1 - F.cosine_similarity(r, s, dim=1, eps=1e-6)).sum() for r, s in pairs)
 
-# %% ../nbs/04_condensation.ipynb #cell-39
+# %% ../nbs/04_condensation.ipynb #cell-44
 def gradients(
     network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"], keep: bool = False
 ) -> tuple[Tensor, ...]:
     "The gradient of the cross-entropy for each parameter of `network`; with `keep`, differentiable once more."
     return torch.autograd.grad(F.cross_entropy(network(x), y), tuple(network.parameters()), create_graph=keep)
 
-# %% ../nbs/04_condensation.ipynb #cell-40
+# %% ../nbs/04_condensation.ipynb #cell-45
 def descend(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"], lr: float) -> None:
     "One step of plain gradient descent."
     grads = gradients(network, x, y)
@@ -308,7 +308,7 @@ def descend(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"]
         for p, g in zip(network.parameters(), grads, strict=True):
             p -= lr * g
 
-# %% ../nbs/04_condensation.ipynb #cell-42
+# %% ../nbs/04_condensation.ipynb #cell-47
 @dataclass(frozen=True)
 class DSA(Condenser):
     "Gradient matching with differentiable siamese augmentation (Zhao & Bilen 2021)."
@@ -327,10 +327,10 @@ class DSA(Condenser):
         history = optimise(task, pixels, Matching(task, pixels, self).backward, "DSA")
         return pixels.as_set(task.train), history
 
-
+# %% ../nbs/04_condensation.ipynb #cell-48
 CONDENSERS["dsa"] = DSA()
 
-# %% ../nbs/04_condensation.ipynb #cell-43
+# %% ../nbs/04_condensation.ipynb #cell-49
 class Matching:
     "DSA at work: the network of the moment, and what it is shown."
 
@@ -366,7 +366,7 @@ class Matching:
         for _ in range(self.settings.training):
             descend(self.network, self.augment(images), self.pixels.labels, self.settings.lr_network)
 
-# %% ../nbs/04_condensation.ipynb #cell-46
+# %% ../nbs/04_condensation.ipynb #cell-52
 class Whitening(nn.Module):
     "ZCA: images to decorrelated images of the same shape, and back (`undo`)."
 
@@ -390,7 +390,7 @@ class Whitening(nn.Module):
         "The images whose decorrelated form is `z`."
         return (z.flatten(1) @ self.inverse + self.centre).view_as(z)
 
-# %% ../nbs/04_condensation.ipynb #cell-49
+# %% ../nbs/04_condensation.ipynb #cell-55
 class WhitePixels(Pixels):
     "Synthetic images under optimisation in whitened coordinates, with the step size of the student that learns from them."
 
@@ -417,7 +417,7 @@ class WhitePixels(Pixels):
         super().load_state_dict(state)
         self.log_step.copy_(state["log_step"])
 
-# %% ../nbs/04_condensation.ipynb #cell-51
+# %% ../nbs/04_condensation.ipynb #cell-57
 @dataclass(frozen=True)
 class MTT(Condenser):
     "Trajectory matching (Cazenavette et al. 2022) with a learned step size, in whitened pixels."
@@ -433,7 +433,8 @@ class MTT(Condenser):
     stretches: int = 8  # of an expert's training that are written down
     stretch: int = 40  # steps
     lr_expert: float = 0.03
-    batch_size: int = 128  # of experts, and at most of students
+    batch_size: int = 128  # of experts
+    student_batch: int = 50  # synthetic images a step, at most
     ahead: int = 2  # stretches that the student is to make good (M)
     steps: int = 10  # in which it does (N)
 
@@ -442,16 +443,16 @@ class MTT(Condenser):
         history = optimise(task, pixels, Chase(task, pixels, self).backward, "MTT")
         return pixels.as_set(task.train), history
 
-
+# %% ../nbs/04_condensation.ipynb #cell-58
 CONDENSERS["mtt"] = MTT()
 
-# %% ../nbs/04_condensation.ipynb #cell-52
+# %% ../nbs/04_condensation.ipynb #cell-59
 def white_network(settings: MTT, train: ImageSet, whitening: Whitening, fabric: Fabric) -> nn.Module:
     "A network that whitens what it reads; its weights are drawn from torch's global random state."
     plain = replace(train, mean=(0.0,) * train.channels, std=(1.0,) * train.channels)
     return nn.Sequential(whitening, make_classifier(settings.network, plain)).to(fabric.device)
 
-
+# %% ../nbs/04_condensation.ipynb #cell-60
 def train_expert(
     network: nn.Module, train: ImageSet, settings: MTT, bar
 ) -> Float[Tensor, "t p"]:  # the weights before the training, and after each stretch
@@ -465,7 +466,7 @@ def train_expert(
         written.append(parameters_to_vector(network.parameters()).detach().clone())
     return torch.stack(written)
 
-# %% ../nbs/04_condensation.ipynb #cell-53
+# %% ../nbs/04_condensation.ipynb #cell-61
 def expert_trajectories(task: Task, settings: MTT, whitening: Whitening) -> Float[Tensor, "e t p"]:
     "What the experts wrote down, from the cache if it is there; begun ones are continued."
     read = ("network", "epsilon", "experts", "stretches", "stretch", "lr_expert", "batch_size")
@@ -485,7 +486,7 @@ def expert_trajectories(task: Task, settings: MTT, whitening: Whitening) -> Floa
     save = lambda path, experts: save_tensors(path, {"experts": experts}, config)
     return cached("experts", config, compute, save, lambda path: load_tensors(path)[0]["experts"])
 
-# %% ../nbs/04_condensation.ipynb #cell-54
+# %% ../nbs/04_condensation.ipynb #cell-62
 class Chase:
     "MTT at work: students that follow the experts on synthetic images."
 
@@ -505,7 +506,7 @@ class Chase:
         "The weights after some steps on the synthetic images, differentiable with respect to images and step size."
         images, labels, step = self.pixels.images(), self.pixels.labels, self.pixels.log_step.exp()
         for _ in range(self.settings.steps):
-            index = torch.randperm(len(labels), device=labels.device)[: self.settings.batch_size]
+            index = torch.randperm(len(labels), device=labels.device)[: self.settings.student_batch]
             logits = functional_call(self.network, self.named(weights), (self.augment(images[index]),))
             (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels[index]), weights, create_graph=True)
             weights = weights - step * gradient
@@ -520,11 +521,11 @@ class Chase:
         loss.backward(inputs=[self.pixels.z, self.pixels.log_step])
         return loss.detach()
 
-# %% ../nbs/04_condensation.ipynb #cell-57
+# %% ../nbs/04_condensation.ipynb #cell-65
 EVALUATION = Schedule(epochs=1, steps=300, batch_size=256, lr=0.01)
 EVALUATION_NETWORK = "convnet3_w64"
 
-
+# %% ../nbs/04_condensation.ipynb #cell-66
 def train_from_scratch(
     condensed: ImageSet,
     test: ImageSet,
@@ -545,7 +546,7 @@ def train_from_scratch(
         scores.append(accuracy(model, test, fabric))
     return scores
 
-# %% ../nbs/04_condensation.ipynb #cell-59
+# %% ../nbs/04_condensation.ipynb #cell-68
 def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Condenser:
     "The condenser called `name`; refuses unknown ones, impossible `ipc` and negative `iterations`."
     condenser = CONDENSERS[one_of("condenser", name, CONDENSERS)]
@@ -562,7 +563,7 @@ def default_iterations(condenser: Condenser, train: ImageSet, ipc: int) -> int:
     "What `iterations=0` means: what suits method and set, and twice that from 50 images per class on."
     return condenser.iterations[len(train) > 5000] * (2 if ipc >= 50 else 1)
 
-# %% ../nbs/04_condensation.ipynb #cell-61
+# %% ../nbs/04_condensation.ipynb #cell-70
 def condense(
     name: str,  # of CONDENSERS
     train: ImageSet,
@@ -588,14 +589,14 @@ def condense(
 
     return on_device(cached("condensed", config, compute, lambda path, made: made.save(path), ImageSet.load), fabric)
 
-
+# %% ../nbs/04_condensation.ipynb #cell-71
 def provenance(name: str, settings: dict, seed: int, train: ImageSet) -> dict:
     "Where a condensed set comes from, and how it is to be judged."
     evaluation = {"network": EVALUATION_NETWORK, "augmentation": "siamese", **asdict(EVALUATION)}
     source = {"fingerprint": train.fingerprint, "images": len(train), **train.provenance}
     return {"method": name, "config": settings, "seed": seed, "evaluation": evaluation, "source": source}
 
-# %% ../nbs/04_condensation.ipynb #cell-63
+# %% ../nbs/04_condensation.ipynb #cell-73
 PUBLISHED_STATISTICS = (  # mean, std: what the DC, DSA, DM and MTT code normalises with
     ((0.1307,), (0.3081,)),  # MNIST
     ((0.2861,), (0.3530,)),  # Fashion-MNIST
@@ -614,12 +615,12 @@ def published_statistics(train: ImageSet) -> tuple[Float[Tensor, "c 1 1"], Float
     near = [s for s in PUBLISHED_STATISTICS if len(s[0]) == train.channels and distance(s) < 0.02]
     return tuple(torch.tensor(values).view(-1, 1, 1) for values in min(near, key=distance, default=own))
 
-# %% ../nbs/04_condensation.ipynb #cell-64
+# %% ../nbs/04_condensation.ipynb #cell-74
 def in_range(images: Tensor) -> bool:
     "Whether nine of ten values lie in [0, 1], or a tenth beside it."
     return float(((images > -0.1) & (images < 1.1)).float().mean()) > 0.9
 
-
+# %% ../nbs/04_condensation.ipynb #cell-75
 def denormalise(
     images: Float[Tensor, "n c h w"],  # as a published file holds them
     train: ImageSet,
@@ -638,7 +639,7 @@ def denormalise(
         images = images * std + mean
     return images.clamp(0, 1), normalisation
 
-# %% ../nbs/04_condensation.ipynb #cell-65
+# %% ../nbs/04_condensation.ipynb #cell-76
 NUMPY_SCALARS = (np._core.multiarray.scalar, np.dtype, type(np.dtype("f8")), type(np.dtype("f4")))  # beside the images, accuracies
 
 
@@ -658,7 +659,7 @@ def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     needed = "a file of the DC, DSA, DM or MTT code; images_*.pt needs labels_*.pt beside it"
     refuse("condenser", path.name, f"it must be {needed} ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-66
+# %% ../nbs/04_condensation.ipynb #cell-77
 def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     "A published file as a set like `train`: what does not fit it is refused."
     images, labels = read_published(path)
@@ -672,7 +673,7 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     notes = {"method": "published", "file": path.name, "normalisation": how}
     return replace(train, images=images, labels=labels, provenance=notes)
 
-
+# %% ../nbs/04_condensation.ipynb #cell-78
 def load_condensed(
     path: Path | str,  # .safetensors: saved here; .pt: published
     train: ImageSet,  # what it was condensed from: gives classes and normalisation of a .pt file
@@ -690,7 +691,7 @@ def load_condensed(
         problem = str(error)
     refuse("condenser", str(path), f"it must be a set of images that this library saved ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-72
+# %% ../nbs/04_condensation.ipynb #cell-84
 def soften(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:
     "The same images with the teacher's answers, softened by `temperature`, in the place of their labels."
     labels = (predict(teacher, images, fabric)[1] / temperature).softmax(1).to(images.images.device)

@@ -73,7 +73,7 @@ def _shared_classes(labels_a: Tensor, labels_b: Tensor) -> list[int]:
         refuse("labels_a", sorted(set(labels_a.tolist())), "it must share a class with labels_b")
     return shared
 
-
+# %% ../nbs/06_discriminator.ipynb #cell-14
 def class_frechet(
     a: Float[Tensor, "n d"],  # features of the set to judge
     labels_a: Int[Tensor, "n"],  # their classes
@@ -88,7 +88,7 @@ def class_frechet(
     distances = [_gaussian_distance(*_shrunk_gaussian(a[labels_a == c]), *_shrunk_gaussian(b[labels_b == c])) for c in shared]
     return sum(distances) / len(distances)
 
-# %% ../nbs/06_discriminator.ipynb #cell-15
+# %% ../nbs/06_discriminator.ipynb #cell-16
 def kernel_scales(
     b: Float[Tensor, "m d"],  # the reference
     sample: int = 1000,  # rows looked at, evenly spaced
@@ -98,7 +98,7 @@ def kernel_scales(
     median = F.pdist(rows.double()).square().median() if len(rows) > 1 else rows.new_ones(()).double()
     return (median * torch.tensor([0.25, 1.0, 4.0], dtype=torch.double, device=b.device)).clamp(min=1e-12).to(b.dtype)
 
-
+# %% ../nbs/06_discriminator.ipynb #cell-17
 def kernel(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"],
@@ -108,7 +108,7 @@ def kernel(
     squared = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
     return torch.exp(-squared / scales[:, None, None]).mean(0)
 
-# %% ../nbs/06_discriminator.ipynb #cell-16
+# %% ../nbs/06_discriminator.ipynb #cell-18
 def mmd(
     a: Float[Tensor, "n d"],  # features of the set to judge
     b: Float[Tensor, "m d"],  # features of the reference
@@ -119,7 +119,7 @@ def mmd(
     scales = kernel_scales(b) if scales is None else scales.double()
     return float(kernel(a, a, scales).mean() + kernel(b, b, scales).mean() - 2 * kernel(a, b, scales).mean())
 
-
+# %% ../nbs/06_discriminator.ipynb #cell-19
 def class_mmd(
     a: Float[Tensor, "n d"],  # features of the set to judge
     labels_a: Int[Tensor, "n"],  # their classes
@@ -131,7 +131,7 @@ def class_mmd(
     distances = [mmd(a[labels_a == c], b[labels_b == c], scales) for c in shared]
     return sum(distances) / len(distances)
 
-# %% ../nbs/06_discriminator.ipynb #cell-21
+# %% ../nbs/06_discriminator.ipynb #cell-24
 class FeatureBank:
     "Standardised teacher features of augmented condensed images, sorted by class."
 
@@ -157,7 +157,7 @@ class FeatureBank:
         offset = (torch.rand(len(targets), device=targets.device) * self.counts[targets]).long()
         return self.features[self.starts[targets] + offset]
 
-# %% ../nbs/06_discriminator.ipynb #cell-23
+# %% ../nbs/06_discriminator.ipynb #cell-26
 @torch.no_grad()
 def feature_bank(
     teacher: Classifier,  # frozen, on the fabric's device
@@ -179,7 +179,7 @@ def feature_bank(
         features = [teacher.features_logits(augment(images.batch(i)))[0].float() for i in index.split(batch_size)]
     return FeatureBank(torch.cat(features), labels[index], num_classes)
 
-# %% ../nbs/06_discriminator.ipynb #cell-26
+# %% ../nbs/06_discriminator.ipynb #cell-29
 class FeatureDiscriminator(nn.Module):
     "Real or fake, from standardised features: an MLP with projection conditioning (Miyato & Koyama 2018)."
 
@@ -213,7 +213,7 @@ class FeatureDiscriminator(nn.Module):
             logits = self.judge(hidden).squeeze(1)
             return logits if self.classes is None else logits + (self.classes(targets) * hidden).sum(1)
 
-# %% ../nbs/06_discriminator.ipynb #cell-28
+# %% ../nbs/06_discriminator.ipynb #cell-31
 class GANLoss(NamedTuple):
     "What the two sides minimise, as functions of the discriminator's logits."
 
@@ -229,7 +229,7 @@ GAN_LOSSES = {
     ),
 }
 
-# %% ../nbs/06_discriminator.ipynb #cell-31
+# %% ../nbs/06_discriminator.ipynb #cell-34
 def r1_penalty(
     logits: Float[Tensor, "n"],  # of real samples
     features: Float[Tensor, "n d"],  # the samples; must require a gradient
@@ -238,7 +238,7 @@ def r1_penalty(
     (gradient,) = torch.autograd.grad(logits.sum(), features, create_graph=True)
     return gradient.square().sum(1).mean() / 2
 
-# %% ../nbs/06_discriminator.ipynb #cell-34
+# %% ../nbs/06_discriminator.ipynb #cell-37
 @dataclass(frozen=True)
 class AlignmentSettings:
     "How an alignment works; `alignment_settings` gives the defaults."
@@ -265,7 +265,7 @@ class AlignmentSettings:
         if not 0 < self.lr < float("inf"):
             refuse("lr", self.lr, "it must be a number above 0")
 
-# %% ../nbs/06_discriminator.ipynb #cell-35
+# %% ../nbs/06_discriminator.ipynb #cell-38
 ALIGNMENTS: dict[str, dict] = {  # name: what it changes in the default settings
     "conditional": {},
     "unconditional": {"conditional": False},
@@ -281,17 +281,18 @@ ALIGNMENTS: dict[str, dict] = {  # name: what it changes in the default settings
     "strong_r1": {"r1": 20.0},
 }
 
-
+# %% ../nbs/06_discriminator.ipynb #cell-39
 def named_alignment(
     text: str,  # a name of ALIGNMENTS, or "name:weight"
+    parameter: str = "alignment",  # what the user calls it
 ) -> tuple[str, dict]:  # the name, and what it changes in the default settings
     "An alignment as people ask for it. `ValueError` for unknown names and weights that are no numbers."
-    name, _, weight = str(text).partition(":")
-    if name not in ALIGNMENTS or not re.fullmatch(r"(\d*\.?\d+)?", weight):
-        refuse("alignment", text, f"it must be one of {', '.join(ALIGNMENTS)}, perhaps with a weight, as in mmd:0.5")
+    name, colon, weight = str(text).partition(":")
+    if name not in ALIGNMENTS or (colon and not re.fullmatch(r"\d*\.?\d+", weight)):
+        refuse(parameter, text, f"it must be one of {', '.join(ALIGNMENTS)}, perhaps with a weight, as in mmd:0.5")
     return name, ALIGNMENTS[name] | ({"weight": float(weight)} if weight else {})
 
-
+# %% ../nbs/06_discriminator.ipynb #cell-40
 def alignment_settings(
     name: str,  # as `named_alignment` takes it
     ipc: int,  # condensed images in the smallest class
@@ -304,7 +305,7 @@ def alignment_settings(
     few = {"weight": 0.3, "steps": 1, "r1": 1.0, "floor": 0.15} if ipc < 5 else {}
     return replace(AlignmentSettings(), **(few | own | changes))
 
-# %% ../nbs/06_discriminator.ipynb #cell-38
+# %% ../nbs/06_discriminator.ipynb #cell-43
 class Alignment:
     "What a generator is guided by besides the teacher: `loss` to minimise, `update` after each of its steps."
     series: tuple[str, ...] = ()  # the curves that `record` extends
@@ -341,7 +342,7 @@ class Alignment:
         self.history, self.count = copy.deepcopy(state["history"]), state["count"]
         self.sums = state["sums"].to(self.sums.device, copy=True)
 
-# %% ../nbs/06_discriminator.ipynb #cell-40
+# %% ../nbs/06_discriminator.ipynb #cell-45
 class AdversarialAlignment(Alignment):
     "Paper A's feature alignment: a discriminator of standardised teacher features, conditional or not."
     series = ("real", "fake")  # share of real and of fake samples that the discriminator calls right
@@ -393,7 +394,7 @@ class AdversarialAlignment(Alignment):
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.belief = state["belief"].to(self.belief.device, copy=True)
 
-# %% ../nbs/06_discriminator.ipynb #cell-42
+# %% ../nbs/06_discriminator.ipynb #cell-47
 def _row_mean(values: Float[Tensor, "n n"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, ""]:
     return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -410,7 +411,7 @@ def class_mmd_loss(
     within = _row_mean(kernel(fake, fake, scales), others) + _row_mean(kernel(real, real, scales), others)
     return within - 2 * _row_mean(kernel(fake, real, scales), same)
 
-# %% ../nbs/06_discriminator.ipynb #cell-43
+# %% ../nbs/06_discriminator.ipynb #cell-48
 class MMDAlignment(Alignment):
     "Class-conditional maximum mean discrepancy to the bank, in standardised features; it has nothing to learn."
     series = ("mmd",)  # mean of the unweighted loss
@@ -425,7 +426,7 @@ class MMDAlignment(Alignment):
         self._note(distance)
         return self.settings.weight * distance
 
-# %% ../nbs/06_discriminator.ipynb #cell-44
+# %% ../nbs/06_discriminator.ipynb #cell-49
 def make_alignment(
     name: str,  # of ALIGNMENTS, or "name:weight"
     teacher: Classifier,  # frozen, on the fabric's device

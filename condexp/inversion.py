@@ -315,7 +315,7 @@ class Canvas:
         "One value per channel, to compute with."
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
 
-
+# %% ../nbs/05_inversion.ipynb #cell-42
 class Source:
     "What makes images. Subclasses set `optimizer` in `begin`."
 
@@ -349,7 +349,7 @@ class Source:
     def load_state_dict(self, state: dict) -> None:
         "Take up a state that `state_dict` gave."
 
-# %% ../nbs/05_inversion.ipynb #cell-43
+# %% ../nbs/05_inversion.ipynb #cell-44
 class Pixels(Source):
     "The images themselves, from noise (DeepInversion)."
 
@@ -379,7 +379,7 @@ class Pixels(Source):
         super().step(loss)
         self._project()
 
-# %% ../nbs/05_inversion.ipynb #cell-45
+# %% ../nbs/05_inversion.ipynb #cell-46
 class FreshGenerator(Source):
     "A generator and its inputs, new for every batch (CMI)."
 
@@ -412,7 +412,7 @@ class FreshGenerator(Source):
     def images(self):
         return self.generator(self.z, self.targets)
 
-# %% ../nbs/05_inversion.ipynb #cell-47
+# %% ../nbs/05_inversion.ipynb #cell-48
 class MetaGenerator(FreshGenerator):
     "A generator that learns, from batch to batch, to be a good start (Fast)."
 
@@ -465,7 +465,7 @@ class MetaGenerator(FreshGenerator):
         self.meta.load_state_dict(state["meta"])
         self.meta_optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-51
+# %% ../nbs/05_inversion.ipynb #cell-52
 class KeptGenerator(FreshGenerator):
     "One generator that goes on learning, with new inputs at every step (DAFL, ZSKT, DFQ)."
 
@@ -489,7 +489,7 @@ class KeptGenerator(FreshGenerator):
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-53
+# %% ../nbs/05_inversion.ipynb #cell-54
 class Memory(nn.Module):
     "A variational auto-encoder of images: what PRE-DFKD remembers of earlier batches."
 
@@ -520,7 +520,7 @@ class Memory(nn.Module):
             optimizer.step()
         return self.decoder(z, targets).detach()
 
-# %% ../nbs/05_inversion.ipynb #cell-54
+# %% ../nbs/05_inversion.ipynb #cell-55
 class ReplayGenerator(KeptGenerator):
     "A kept generator, and a memory from which a part of each batch is replayed (PRE-DFKD)."
 
@@ -562,7 +562,7 @@ class ReplayGenerator(KeptGenerator):
         self.memory.load_state_dict(state["memory"])
         self.memory_optimizer.load_state_dict(copy.deepcopy(state["memory_optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-56
+# %% ../nbs/05_inversion.ipynb #cell-57
 @dataclass(frozen=True)
 class Recipe:
     "An inversion method."
@@ -585,7 +585,7 @@ class Recipe:
         "How each view of an image is made."
         return [self.augment] if self.local is None else [self.augment, self.local]
 
-# %% ../nbs/05_inversion.ipynb #cell-58
+# %% ../nbs/05_inversion.ipynb #cell-59
 def reweigh(
     recipe: Recipe,
     **weights: float,  # a new weight for each term named
@@ -595,7 +595,7 @@ def reweigh(
         one_of("terms", name, [t.name for t in recipe.terms])
     return replace(recipe, terms=tuple(replace(t, weight=weights.get(t.name, t.weight)) for t in recipe.terms))
 
-
+# %% ../nbs/05_inversion.ipynb #cell-60
 FAST = Recipe(
     name="fast",
     source=partial(MetaGenerator, rule="reptile", lr=2e-3, lr_z=1e-2, conditional=True),
@@ -607,7 +607,7 @@ FAST = Recipe(
     steps=10,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-61
+# %% ../nbs/05_inversion.ipynb #cell-63
 CMI = Recipe(
     name="cmi",
     source=partial(FreshGenerator, lr=1e-3, lr_z=1e-3),
@@ -621,7 +621,7 @@ CMI = Recipe(
     local=Augment(shift=0, crop=0.25),
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-63
+# %% ../nbs/05_inversion.ipynb #cell-65
 DEEPINVERSION = Recipe(
     name="deepinversion",
     source=partial(Pixels, lr=0.1),
@@ -636,7 +636,7 @@ DEEPINVERSION = Recipe(
     augment=Augment(shift=0.0625),
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-65
+# %% ../nbs/05_inversion.ipynb #cell-67
 _one_generator = partial(KeptGenerator, lr=1e-3, conditional=True)
 
 DAFL = Recipe(
@@ -665,7 +665,7 @@ DFQ = Recipe(
     steps=20,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-67
+# %% ../nbs/05_inversion.ipynb #cell-69
 PRE_DFKD = Recipe(
     name="pre_dfkd",
     source=partial(ReplayGenerator, lr=1e-3, conditional=True),
@@ -678,14 +678,14 @@ PRE_DFKD = Recipe(
     steps=20,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-68
+# %% ../nbs/05_inversion.ipynb #cell-70
 FAST_FOMAML = replace(FAST, name="fast_fomaml", source=partial(FAST.source, rule="fomaml"))
 
 INVERSIONS: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (FAST, FAST_FOMAML, CMI, DEEPINVERSION, DAFL, ZSKT, DFQ, PRE_DFKD)
 }
 
-# %% ../nbs/05_inversion.ipynb #cell-70
+# %% ../nbs/05_inversion.ipynb #cell-72
 @contextmanager
 def quiet(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
@@ -703,7 +703,7 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for p, need in wanted:
             p.requires_grad_(need)
 
-# %% ../nbs/05_inversion.ipynb #cell-72
+# %% ../nbs/05_inversion.ipynb #cell-74
 class Inverter:
     "A recipe at work on one teacher and one student; a context manager."
 
@@ -744,7 +744,7 @@ class Inverter:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../nbs/05_inversion.ipynb #cell-74
+# %% ../nbs/05_inversion.ipynb #cell-76
 @patch
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     n, views = len(images), [augment(images) for augment in self.views]
@@ -754,7 +754,7 @@ def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     statistics = self.watch.read() if self.watches else None
     return View(images, targets, views[0], features[:n].float(), logits[:n].float(), self.student, statistics)
 
-
+# %% ../nbs/05_inversion.ipynb #cell-77
 @patch
 def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
     "Each term's value, and the weighted total."
@@ -766,7 +766,7 @@ def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
         total = total + values["alignment"]
     return {**values, "total": total}
 
-
+# %% ../nbs/05_inversion.ipynb #cell-78
 @patch
 def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
     with self.fabric.autocast():
@@ -780,7 +780,7 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
     agreement = 100 * (view.logits.argmax(1) == targets).float().mean()
     return view.images.detach(), {name: v.detach() for name, v in values.items()} | {"agreement": agreement}
 
-# %% ../nbs/05_inversion.ipynb #cell-76
+# %% ../nbs/05_inversion.ipynb #cell-80
 @patch
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
@@ -797,7 +797,7 @@ def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
         memory.finish()
     return self.source.finish(best.clamp(0, 1), targets, self.teacher).clamp(0, 1)
 
-
+# %% ../nbs/05_inversion.ipynb #cell-81
 @patch
 def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     for row in rows:
@@ -810,7 +810,7 @@ def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     best = min(range(len(rows)), key=self.trace["total"].__getitem__)
     self.losses.append({**mean, "agreement": self.trace["agreement"][best]})
 
-
+# %% ../nbs/05_inversion.ipynb #cell-82
 @patch
 def synthesise(
     self: Inverter,
@@ -821,7 +821,7 @@ def synthesise(
     with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
-# %% ../nbs/05_inversion.ipynb #cell-78
+# %% ../nbs/05_inversion.ipynb #cell-84
 @patch
 def state_dict(self: Inverter) -> dict:
     "Everything that is kept from batch to batch, as tensors and plain values."

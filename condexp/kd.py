@@ -200,7 +200,7 @@ def warm_up(self: Joint) -> None:
     for _ in progress(range(self.settings.warmup), "warming the generator up", leave=False):
         self._synthesise(adversarial=False)
 
-
+# %% ../nbs/07_kd.ipynb #cell-23
 @patch
 def grow(self: Joint, epoch: int) -> dict:
     "Add this epoch's batches to the pool; returns the inversion's mean losses and the discriminator's accuracies."
@@ -214,7 +214,7 @@ def grow(self: Joint, epoch: int) -> dict:
         entry |= {f"d_{name}": values[-1] for name, values in self.alignment.history.items() if values}
     return entry
 
-# %% ../nbs/07_kd.ipynb #cell-24
+# %% ../nbs/07_kd.ipynb #cell-25
 @patch
 def batch(self: Joint, pool: ImageSet) -> Float[Tensor, "n c h w"]:
     "A batch to learn from, augmented: given images and pool in the arm's shares."
@@ -223,7 +223,7 @@ def batch(self: Joint, pool: ImageSet) -> Float[Tensor, "n c h w"]:
     parts = ([draw(self.given, given)] if given else []) + ([draw(pool, n - given)] if given < n else [])
     return self.augment(torch.cat(parts)).contiguous(memory_format=torch.channels_last)
 
-
+# %% ../nbs/07_kd.ipynb #cell-26
 @patch
 def learn(self: Joint) -> float:
     "This epoch's student steps; returns the mean loss."
@@ -234,7 +234,7 @@ def learn(self: Joint) -> float:
         self.scheduler.step()
     return float(total) / self.settings.steps
 
-# %% ../nbs/07_kd.ipynb #cell-26
+# %% ../nbs/07_kd.ipynb #cell-28
 @patch
 def state_dict(self: Joint) -> dict:
     "Tensors and plain values from which `load_state_dict` continues exactly."
@@ -243,7 +243,7 @@ def state_dict(self: Joint) -> dict:
     state = {name: part.state_dict() for name, part in parts.items()}
     return state | dict(images=self.pool.images, labels=self.pool.labels, history=self.history, rng=rng_state())
 
-
+# %% ../nbs/07_kd.ipynb #cell-29
 @patch
 def load_state_dict(self: Joint, state: dict) -> None:
     "Continue from `state`."
@@ -255,7 +255,7 @@ def load_state_dict(self: Joint, state: dict) -> None:
     self.history = state["history"]
     set_rng_state(state["rng"])
 
-# %% ../nbs/07_kd.ipynb #cell-28
+# %% ../nbs/07_kd.ipynb #cell-31
 @patch
 def run(
     self: Joint,
@@ -281,7 +281,7 @@ def run(
         checkpoint.save(self.state_dict())
         bar.set_postfix_str(f"accuracy {entry['accuracy']:.1f} %")
 
-# %% ../nbs/07_kd.ipynb #cell-30
+# %% ../nbs/07_kd.ipynb #cell-33
 def pool_quality(
     pool: ImageSet,  # synthetic images with the classes asked for
     real: ImageSet,  # real images; a random part is used
@@ -301,7 +301,7 @@ def pool_quality(
         agreement=float(agreement),
     )
 
-# %% ../nbs/07_kd.ipynb #cell-32
+# %% ../nbs/07_kd.ipynb #cell-35
 @dataclass
 class ArmResult:
     "What became of one arm."
@@ -320,7 +320,7 @@ class ArmResult:
         "Everything but the tensors."
         return {k: v for k, v in vars(self).items() if k not in ("student", "pool")}
 
-# %% ../nbs/07_kd.ipynb #cell-33
+# %% ../nbs/07_kd.ipynb #cell-36
 def run_arm(
     name: str,  # a key of ARMS
     teacher: Classifier,
@@ -350,7 +350,7 @@ def run_arm(
     final = accuracy(joint.student.module, splits.test, fabric)
     return ArmResult(name, final, joint.history, distances, seconds, images, steps, joint.student.module, pool)
 
-# %% ../nbs/07_kd.ipynb #cell-35
+# %% ../nbs/07_kd.ipynb #cell-38
 def save_arm(path, result: ArmResult) -> None:
     "Write an arm's student beside `path`, its pool and numbers to `path`."
     save_classifier(student_path(path), result.student, {"arm": result.arm, "accuracy": result.accuracy})
@@ -362,7 +362,7 @@ def student_path(path):
     "Where the student of the arm saved at `path` lies."
     return path.with_name(path.stem + ".student.safetensors")
 
-
+# %% ../nbs/07_kd.ipynb #cell-39
 def load_arm(path, fabric: Fabric) -> ArmResult:
     "Read what `save_arm` wrote."
     student, _ = load_classifier(student_path(path), fabric.device)
@@ -373,7 +373,7 @@ def load_arm(path, fabric: Fabric) -> ArmResult:
         pool = replace(teacher_set(student, fabric), images=images, labels=labels, provenance=provenance)
     return ArmResult(**meta, student=student, pool=pool)
 
-# %% ../nbs/07_kd.ipynb #cell-36
+# %% ../nbs/07_kd.ipynb #cell-40
 def distil(
     name: str,  # a key of ARMS
     teacher: Classifier,

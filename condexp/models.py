@@ -43,7 +43,7 @@ def kaiming(model: nn.Module) -> None:
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
 
-
+# %% ../nbs/02_models.ipynb #cell-06
 class SmallNet(nn.Module):
     "A body of convolutions, pooling, a linear layer: with the methods that timm expects of a model."
 
@@ -84,7 +84,7 @@ class SmallNet(nn.Module):
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-# %% ../nbs/02_models.ipynb #cell-07
+# %% ../nbs/02_models.ipynb #cell-08
 SMALL_MODELS: list[str] = []  # the names registered here
 default_cfgs: dict[str, dict] = {}  # timm looks here; there are no pretrained weights to tell of
 
@@ -106,7 +106,7 @@ def _register(name: str, entry: Callable[..., nn.Module]) -> None:
     register_model(entry)
     SMALL_MODELS.append(name)
 
-# %% ../nbs/02_models.ipynb #cell-09
+# %% ../nbs/02_models.ipynb #cell-10
 class WideBlock(nn.Module):
     "Pre-activation residual block (Zagoruyko & Komodakis 2016, fig. 1a)."
 
@@ -125,7 +125,7 @@ class WideBlock(nn.Module):
         y = F.relu(self.bn2(self.conv1(y)))
         return x + self.conv2(y)
 
-
+# %% ../nbs/02_models.ipynb #cell-11
 def wide_body(channels: int, depth: int, widen: int) -> Body:
     "Stem, three groups of `(depth - 4) / 6` blocks, closing norm and ReLU."
     layers, width = [nn.Conv2d(channels, 16, 3, 1, 1, bias=False)], 16
@@ -139,7 +139,7 @@ def wide_body(channels: int, depth: int, widen: int) -> Body:
 for _depth, _widen in ((10, 1), (10, 2), (16, 1), (16, 2), (40, 1), (40, 2)):
     register_small(f"wrn_{_depth}_{_widen}", functools.partial(wide_body, depth=_depth, widen=_widen))
 
-# %% ../nbs/02_models.ipynb #cell-12
+# %% ../nbs/02_models.ipynb #cell-14
 def residual_body(channels: int, block: type, widths: tuple[int, ...], depths: tuple[int, ...]) -> Body:
     "A full-resolution stem, then stages of timm's residual blocks, each after the first at half the resolution."
     width = widths[0]
@@ -154,7 +154,7 @@ def residual_body(channels: int, block: type, widths: tuple[int, ...], depths: t
             width = out
     return nn.Sequential(*layers), width
 
-
+# %% ../nbs/02_models.ipynb #cell-15
 _widths = (64, 128, 256, 512)
 for _name, _block, _w, _depths in (
     ("resnet8_cifar", BasicBlock, (16, 32, 64), (1, 1, 1)),
@@ -164,7 +164,7 @@ for _name, _block, _w, _depths in (
 ):
     register_small(_name, functools.partial(residual_body, block=_block, widths=_w, depths=_depths))
 
-# %% ../nbs/02_models.ipynb #cell-15
+# %% ../nbs/02_models.ipynb #cell-18
 _VGG11 = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512)
 
 
@@ -179,7 +179,7 @@ def vgg_body(channels: int, plan: tuple[int, ...] = _VGG11) -> Body:
             layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers), channels
 
-
+# %% ../nbs/02_models.ipynb #cell-19
 def convnet_body(channels: int, width: int) -> Body:
     "Three blocks of convolution, instance norm, ReLU, 2 x 2 average pooling (Zhao et al. 2021)."
     layers = []
@@ -194,7 +194,7 @@ register_small("vgg11_bn_cifar", vgg_body)
 for _name, _width in (("convnet3", 128), ("convnet3_w64", 64)):
     register_small(_name, functools.partial(convnet_body, width=_width), pooled_from=8)
 
-# %% ../nbs/02_models.ipynb #cell-17
+# %% ../nbs/02_models.ipynb #cell-21
 def register_mobilenet(name: str, width: str) -> None:
     "Register timm's MobileNetV2 of a `width` in percent, made for 32 pixels: the first two strides are 1."
 
@@ -210,7 +210,7 @@ def register_mobilenet(name: str, width: str) -> None:
 register_mobilenet("mobilenetv2_cifar", "100")
 register_mobilenet("mobilenetv2_035_cifar", "035")
 
-# %% ../nbs/02_models.ipynb #cell-20
+# %% ../nbs/02_models.ipynb #cell-24
 @dataclass(frozen=True)
 class ModelSpec:
     "All that is needed to build a classifier again, but for its weights."
@@ -222,7 +222,7 @@ class ModelSpec:
     mean: tuple[float, ...]  # per channel, of images in [0, 1]
     std: tuple[float, ...]
 
-
+# %% ../nbs/02_models.ipynb #cell-25
 def create_backbone(name: str, num_classes: int, channels: int, size: int) -> nn.Module:
     "A randomly initialised timm model; architectures whose weights depend on the image size are told it."
     options = dict(num_classes=num_classes, in_chans=channels)
@@ -233,7 +233,7 @@ def create_backbone(name: str, num_classes: int, channels: int, size: int) -> nn
             raise
     return timm.create_model(name, **options)
 
-# %% ../nbs/02_models.ipynb #cell-22
+# %% ../nbs/02_models.ipynb #cell-27
 @contextmanager
 def watch(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     "Collect (input, output) of `layer` while the block runs; the hook is gone afterwards."
@@ -244,7 +244,7 @@ def watch(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     finally:
         handle.remove()
 
-
+# %% ../nbs/02_models.ipynb #cell-28
 class Classifier(nn.Module):
     "A timm model that takes images in [0, 1] and knows what its outputs mean."
 
@@ -277,7 +277,7 @@ class Classifier(nn.Module):
             x = torch.zeros(1, self.spec.channels, self.spec.size, self.spec.size)
             return copy.deepcopy(self).to("meta").eval().features_logits(x)[0].shape[1]
 
-
+# %% ../nbs/02_models.ipynb #cell-29
 def make_classifier(
     name: str,  # any timm model, ours among them
     images: ImageSet,  # gives classes, channels, size and normalisation
@@ -296,7 +296,7 @@ def freeze(model: nn.Module) -> nn.Module:
     "Evaluation mode, and no gradients for the weights: half the cost of differentiating through a teacher."
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/02_models.ipynb #cell-29
+# %% ../nbs/02_models.ipynb #cell-36
 PENULTIMATE = "penultimate"
 
 
@@ -315,7 +315,7 @@ class AtLayer(Classifier):
         positions = {3: 1, 4: (2, 3)}.get(features.ndim)  # of n l d, of n d h w
         return features if positions is None else features.mean(positions), logits
 
-
+# %% ../nbs/02_models.ipynb #cell-37
 def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
     "`model` itself for the penultimate layer, else one with the same weights whose features come from `layer`."
     if layer in (PENULTIMATE, ""):
@@ -326,7 +326,7 @@ def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
         refuse("layer", layer, f"it must be {PENULTIMATE} or a layer of {model.spec.name}, such as {', '.join(close)}")
     return AtLayer(model, layer)
 
-# %% ../nbs/02_models.ipynb #cell-32
+# %% ../nbs/02_models.ipynb #cell-40
 def model_names() -> list[str]:
     "Every architecture there is, ours among timm's."
     return timm.list_models()
@@ -343,7 +343,7 @@ def takes(name: str, channels: int, size: int) -> bool:
     except Exception:  # whatever it is that an architecture does when an image does not suit it
         return False
 
-
+# %% ../nbs/02_models.ipynb #cell-41
 def next_size(name: str, channels: int, size: int, largest: int = 1024) -> int | None:
     "The smallest size above `size` that architecture `name` takes, by doubling and bisection."
     low, high = size, 2 * size
@@ -356,7 +356,7 @@ def next_size(name: str, channels: int, size: int, largest: int = 1024) -> int |
         low, high = (low, middle) if takes(name, channels, middle) else (middle, high)
     return high
 
-# %% ../nbs/02_models.ipynb #cell-33
+# %% ../nbs/02_models.ipynb #cell-42
 def check_model(
     parameter: str,  # what the user calls it: "teacher", "student"
     name: str,
@@ -375,7 +375,7 @@ def check_model(
         needs = f"{name} needs images of at least {minimum} x {minimum} pixels"
         refuse(parameter, name, f"{needs}, and these have {size} x {size}: choose another model or a larger size")
 
-# %% ../nbs/02_models.ipynb #cell-36
+# %% ../nbs/02_models.ipynb #cell-45
 def save_classifier(path: Path, model: Classifier, meta: dict) -> Path:
     "Write weights, spec and `meta` (plain values) as one safetensors file."
     return save_tensors(path, model.backbone.state_dict(), {"classifier": asdict(model.spec), "meta": meta})
@@ -392,7 +392,7 @@ def read_spec(path: Path, header: dict) -> ModelSpec:
         raise ValueError(f"{path} holds weights of an unknown architecture, {spec.name!r}")
     return spec
 
-
+# %% ../nbs/02_models.ipynb #cell-46
 def load_classifier(path: Path, device: str | torch.device = "cpu") -> tuple[Classifier, dict]:
     "The classifier and `meta` that `save_classifier` wrote; `ValueError` for anything else."
     tensors, header = load_tensors(path)
@@ -405,7 +405,7 @@ def load_classifier(path: Path, device: str | torch.device = "cpu") -> tuple[Cla
         raise ValueError(f"{path} holds weights that do not fit {spec.name} with {len(spec.classes)} classes") from None
     return model.to(device), header["meta"]
 
-
+# %% ../nbs/02_models.ipynb #cell-47
 def fingerprint(model: Classifier) -> str:  # 16 hexadecimal digits
     "A hash of spec, weights and buffers: the same for two classifiers only if they are the same bit for bit."
     digest = hashlib.sha256(json.dumps(asdict(model.spec)).encode())
@@ -413,12 +413,12 @@ def fingerprint(model: Classifier) -> str:  # 16 hexadecimal digits
         digest.update(name.encode() + t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/02_models.ipynb #cell-39
+# %% ../nbs/02_models.ipynb #cell-50
 def _doubling(channels: int, out: int) -> list[nn.Module]:
     "Twice the size, convolution, norm, leaky ReLU."
     return [nn.Upsample(scale_factor=2), nn.Conv2d(channels, out, 3, 1, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
 
-
+# %% ../nbs/02_models.ipynb #cell-51
 class Generator(nn.Module):
     "Latents to images in [0, 1] (CMI, Fang et al. 2021); any size: made at the next multiple of 4 and cropped."
 

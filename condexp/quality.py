@@ -44,7 +44,7 @@ def closer_than_unseen(
     "How many images lie closer to a training image than 95 of 100 held-out images do."
     return 100 * float((distances < unseen.quantile(0.05)).float().mean())
 
-
+# %% ../nbs/09_quality.ipynb #cell-08
 def plot_nearest(
     distances: dict[str, Float[Tensor, "n"]],  # name -> of `nearest_distance`
 ) -> Figure:
@@ -57,7 +57,7 @@ def plot_nearest(
     plt.close(figure)
     return figure
 
-# %% ../nbs/09_quality.ipynb #cell-11
+# %% ../nbs/09_quality.ipynb #cell-12
 def losses(model: Classifier, images: ImageSet, fabric: Fabric) -> Float[Tensor, "n"]:
     "The cross-entropy of each image with its class, in nats."
     return F.cross_entropy(predict(model, images, fabric)[1], images.hard_labels.cpu(), reduction="none")

@@ -55,14 +55,14 @@ class Run:
         "Where the record goes: `record`, or a name made from the parameters."
         return Path(self.record or f"records/{notebook}-{config_hash(asdict(self))}.json")
 
-
+# %% ../nbs/12_runs.ipynb #cell-06
 def text(name: str, value, empty: bool = False) -> str:
     "`value` if it is a text, else a refusal."
     if not isinstance(value, str) or not (value or empty):
         refuse(name, value, "it must be a text")
     return value
 
-# %% ../nbs/12_runs.ipynb #cell-07
+# %% ../nbs/12_runs.ipynb #cell-08
 def known_model(name: str, value) -> str:
     "`value` if it names a model or a file of weights that exists, else a refusal."
     if text(name, value).endswith(".safetensors"):
@@ -72,7 +72,7 @@ def known_model(name: str, value) -> str:
     check_model(name, value)
     return value
 
-
+# %% ../nbs/12_runs.ipynb #cell-09
 @dataclass(frozen=True)
 class RunTeacher(Run):
     "Parameters of `run_teacher`."
@@ -85,7 +85,7 @@ class RunTeacher(Run):
         check_model("model", text("model", self.model))
         text("output", self.output, empty=True)
 
-
+# %% ../nbs/12_runs.ipynb #cell-10
 @dataclass(frozen=True)
 class RunCondense(Run):
     "Parameters of `run_condense`."
@@ -110,7 +110,7 @@ class RunCondense(Run):
         one_of("evaluate", self.evaluate, EVALUATE)
         text("output", self.output, empty=True)
 
-
+# %% ../nbs/12_runs.ipynb #cell-11
 LABELS = ("hard", "soft")  # the class, or the teacher's answers
 EVALUATE = ("test", "minival")  # which images the accuracies are of
 
@@ -121,7 +121,7 @@ def positive(name: str, value) -> float:
         refuse(name, value, "it must be a positive number")
     return value
 
-# %% ../nbs/12_runs.ipynb #cell-10
+# %% ../nbs/12_runs.ipynb #cell-14
 @dataclass(frozen=True)
 class RunDistil(Run):
     "What `run_kd` and `run_alignment` have in common."
@@ -151,12 +151,12 @@ class RunDistil(Run):
         positive("temperature", self.temperature)
         one_of("evaluate", self.evaluate, EVALUATE)
 
-
+# %% ../nbs/12_runs.ipynb #cell-15
 def listed(name: str, value) -> list[str]:
     "The parts of a comma-separated text, each once."
     return list(dict.fromkeys(part.strip() for part in text(name, value).split(",")))
 
-# %% ../nbs/12_runs.ipynb #cell-11
+# %% ../nbs/12_runs.ipynb #cell-16
 @dataclass(frozen=True)
 class RunKD(RunDistil):
     "Parameters of `run_kd`."
@@ -175,7 +175,7 @@ class RunKD(RunDistil):
         "The arms asked for, in the papers' order."
         return sorted(listed("arms", self.arms), key=lambda a: list(ARMS).index(a) if a in ARMS else -1)
 
-
+# %% ../nbs/12_runs.ipynb #cell-17
 @dataclass(frozen=True)
 class RunAlignment(RunDistil):
     "Parameters of `run_alignment`."
@@ -185,14 +185,14 @@ class RunAlignment(RunDistil):
     def __post_init__(self):
         super().__post_init__()
         for name in self.alignment_names:
-            named_alignment(name)
+            named_alignment(name, "alignments")
 
     @property
     def alignment_names(self) -> list[str]:
         "The alignments asked for."
         return listed("alignments", self.alignments)
 
-# %% ../nbs/12_runs.ipynb #cell-14
+# %% ../nbs/12_runs.ipynb #cell-20
 def parameters(
     scope: dict,  # `globals()` of the notebook, before it assigns anything else
     kind: type[Run],  # the notebook's parameter class
@@ -205,7 +205,7 @@ def parameters(
             refuse(name, value, f"this notebook has no such parameter; it has {', '.join(names)}")
     return kind(**{name: scope[name] for name in names})
 
-# %% ../nbs/12_runs.ipynb #cell-17
+# %% ../nbs/12_runs.ipynb #cell-23
 def open_run(run: Run) -> tuple[Fabric, Splits]:
     "The device and the data of a run, the whole set on the device."
     fabric = make_fabric(run.device, str(run.precision))
@@ -221,7 +221,7 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
         at_layer(model, run.layer)  # refuses a layer that the teacher does not have
     return fabric, Splits(on_device(splits.train, fabric), on_device(splits.test, fabric), splits.note)
 
-
+# %% ../nbs/12_runs.ipynb #cell-24
 def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classifier, dict]:
     "A teacher from a file; any other file is refused."
     try:
@@ -230,7 +230,7 @@ def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classif
         problem = str(error)
     refuse("teacher", Path(path).name, f"it must be weights that run_teacher wrote ({problem})")
 
-
+# %% ../nbs/12_runs.ipynb #cell-25
 def open_teacher(run: RunDistil | RunCondense, splits: Splits, fabric: Fabric) -> tuple[Classifier, dict]:
     "The teacher and its metadata (`accuracy` in percent): trained or from the cache by name, or read from a file."
     if not run.teacher.endswith(".safetensors"):
@@ -242,7 +242,7 @@ def open_teacher(run: RunDistil | RunCondense, splits: Splits, fabric: Fabric) -
             refuse("teacher", Path(run.teacher).name, f"its {what} {has} must be those of dataset, {wanted}")
     return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0} | meta
 
-
+# %% ../nbs/12_runs.ipynb #cell-26
 def held_out(run: RunDistil | RunCondense, splits: Splits) -> Splits:
     "`splits`, or, to choose settings, with a tenth of the training images held out in the place of the test."
     if run.evaluate == "test":
@@ -256,7 +256,7 @@ def shortly(value) -> str:
     "A long tuple cut to its length and first entries."
     return f"({len(value)}: {', '.join(value[:4])}, ...)" if isinstance(value, tuple) and len(value) > 4 else str(value)
 
-# %% ../nbs/12_runs.ipynb #cell-20
+# %% ../nbs/12_runs.ipynb #cell-29
 def check_ipc(run, train: ImageSet) -> None:
     "Refuse more images per class than the smallest class holds, where an arm or the condenser chooses among real ones."
     if run.condenser in CONDENSERS:
@@ -264,7 +264,7 @@ def check_ipc(run, train: ImageSet) -> None:
     if "random" in getattr(run, "arm_names", ()):
         check_condenser("random", train, run.ipc, 0)
 
-
+# %% ../nbs/12_runs.ipynb #cell-30
 def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> ImageSet:
     "The condensed set a run asks for: made (or from the cache) by name, or read from a file."
     if run.condenser in CONDENSERS:
@@ -276,7 +276,7 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
             refuse("condenser", Path(run.condenser).name, f"its {what}, {has}, must be that of dataset, {wanted}")
     return on_device(given, fabric)
 
-
+# %% ../nbs/12_runs.ipynb #cell-31
 def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[str]) -> dict[str, ImageSet]:
     "The given images of some arms: `condensed`, `random`, `full`."
     needed = {ARMS[a].source for a in arms} - {""}
@@ -287,7 +287,7 @@ def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[
     )
     return {name: make[name]() for name in make if name in needed}
 
-# %% ../nbs/12_runs.ipynb #cell-23
+# %% ../nbs/12_runs.ipynb #cell-34
 def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional") -> Distillation:
     "The settings of a run's arms: equal for all of them."
     small = len(train) <= 5000
@@ -306,7 +306,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional"
         warmup=6 if small else min(20, run.epochs or 20),
     )
 
-
+# %% ../nbs/12_runs.ipynb #cell-35
 def teacher_schedule(run: RunTeacher, train: ImageSet) -> Schedule:
     "The teacher's schedule: the set's default where `epochs`, `steps` or `batch_size` is 0."
     usual = default_schedule(train)

@@ -31,7 +31,7 @@ from .models import Classifier, load_classifier, make_classifier, save_classifie
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = {"auto": None, "32": "32-true", "bf16": "bf16-mixed"}  # ours -> Fabric's
 
-
+# %% ../nbs/03_training.ipynb #cell-06
 def make_fabric(
     device: str = "auto",  # one of DEVICES
     precision: str = "auto",  # one of PRECISIONS
@@ -47,12 +47,12 @@ def make_fabric(
     automatic = PRECISIONS["bf16" if bf16 else "32"]
     return Fabric(accelerator="cuda" if cuda else "cpu", devices=1, precision=PRECISIONS[precision] or automatic)
 
-
+# %% ../nbs/03_training.ipynb #cell-07
 def on_device(images: ImageSet, fabric: Fabric) -> ImageSet:
     "The whole set in the memory of Fabric's device: afterwards a batch is an index selection."
     return images.to(fabric.device)
 
-# %% ../nbs/03_training.ipynb #cell-08
+# %% ../nbs/03_training.ipynb #cell-10
 def rng_state() -> dict:
     "torch's global random state, as tensors for a checkpoint."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
@@ -65,7 +65,7 @@ def set_rng_state(state: dict) -> None:
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
-
+# %% ../nbs/03_training.ipynb #cell-11
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     "Run a block with torch and NumPy seeded; afterwards their states are as before."
@@ -78,7 +78,7 @@ def seeded(seed: int) -> Iterator[None]:
         set_rng_state(before)
         np.random.set_state(numpy_before)
 
-# %% ../nbs/03_training.ipynb #cell-11
+# %% ../nbs/03_training.ipynb #cell-14
 @dataclass(frozen=True)
 class Schedule:
     "How long, in which batches, how fast. Contradictory values are refused."
@@ -101,7 +101,7 @@ class Schedule:
         "Steps altogether."
         return self.epochs * self.steps
 
-
+# %% ../nbs/03_training.ipynb #cell-15
 def default_schedule(images: ImageSet) -> Schedule:
     "A teacher's schedule: about 17 optimizer steps times the square root of the number of images, a third if grey."
     batch_size = 128 if len(images) >= 10_000 else 64
@@ -116,7 +116,7 @@ def sgd_onecycle(model: nn.Module, schedule: Schedule) -> tuple[torch.optim.SGD,
     optimizer = torch.optim.SGD(model.parameters(), nesterov=schedule.momentum > 0, fused=True, **rates)
     return optimizer, OneCycleLR(optimizer, schedule.lr, total_steps=schedule.total, cycle_momentum=False)
 
-# %% ../nbs/03_training.ipynb #cell-14
+# %% ../nbs/03_training.ipynb #cell-18
 @torch.no_grad()
 def _batches(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     "(features, logits) on the device, batch by batch."
@@ -131,7 +131,7 @@ def _batches(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: in
     finally:
         model.train(was_training)
 
-
+# %% ../nbs/03_training.ipynb #cell-19
 def predict(
     model: Classifier,
     images: ImageSet,
@@ -148,14 +148,14 @@ def accuracy(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: in
     chosen = torch.cat([logits.argmax(1) for _, logits in _batches(model, images, fabric, batch_size)])
     return 100 * float((chosen == images.hard_labels.to(chosen.device)).float().mean())
 
-# %% ../nbs/03_training.ipynb #cell-17
+# %% ../nbs/03_training.ipynb #cell-22
 def epoch_order(n: int, schedule: Schedule, device: torch.device) -> Int[Tensor, "steps batch"]:
     "Which of `n` images each batch of an epoch holds: as many random permutations, one after another, as are needed."
     wanted = schedule.steps * schedule.batch_size
     order = torch.rand(math.ceil(wanted / n), n, device=device).argsort(1)
     return order.flatten()[:wanted].view(schedule.steps, schedule.batch_size)
 
-
+# %% ../nbs/03_training.ipynb #cell-23
 def fit_epoch(
     step: Callable[[Tensor], tuple[Tensor, Tensor]],  # takes the batch of these indices: loss, share right
     order: Int[Tensor, "steps batch"],
@@ -171,7 +171,7 @@ def fit_epoch(
         raise FloatingPointError("the training diverged (its loss is not a number): try a lower learning rate")
     return {"loss": loss, "accuracy": 100 * right}
 
-# %% ../nbs/03_training.ipynb #cell-20
+# %% ../nbs/03_training.ipynb #cell-26
 def fit(
     model: Classifier,  # trained in place, and left on Fabric's device
     images: ImageSet,
@@ -211,7 +211,7 @@ def fit(
             checkpoint.save(_state(parts, history))
     return history
 
-
+# %% ../nbs/03_training.ipynb #cell-27
 def _state(parts: dict, history: list[dict]) -> dict:
     "Everything that changes from epoch to epoch."
     return {name: part.state_dict() for name, part in parts.items()} | {"history": history, "rng": rng_state()}
@@ -226,12 +226,12 @@ def _resume(checkpoint: Checkpoint, parts: dict) -> list[dict]:
     set_rng_state(state["rng"])
     return state["history"]
 
-# %% ../nbs/03_training.ipynb #cell-24
+# %% ../nbs/03_training.ipynb #cell-31
 def glance(images: ImageSet, n: int = 1000) -> ImageSet:
     "About `n` images spread evenly over the set: enough to draw a curve."
     return images.subset(torch.arange(0, len(images), max(1, len(images) // n)))
 
-
+# %% ../nbs/03_training.ipynb #cell-32
 def train_classifier(
     name: str,  # architecture
     splits: Splits,

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from condexp.cache import cache_dir
 from condexp.models import make_classifier, save_classifier
-from condexp.runs import RunCondense, RunKD, RunTeacher, check_ipc, open_run, open_teacher, parameters
+from condexp.runs import RunAlignment, RunCondense, RunKD, RunTeacher, check_ipc, open_run, open_teacher, parameters
 
-KINDS = {"run_kd": RunKD, "run_condense": RunCondense, "run_teacher": RunTeacher}
+KINDS = {"run_kd": RunKD, "run_condense": RunCondense, "run_teacher": RunTeacher, "run_alignment": RunAlignment}
 
 
 def defaults(notebook):
@@ -66,11 +66,18 @@ def test_no_more_images_are_chosen_than_the_smallest_class_holds(others):
     assert "smallest class" in refused("run_kd", "ipc", 500, **others)
 
 
-@pytest.mark.parametrize(
-    "name", ["dataset", "teacher", "student", "condenser", "inversion", "alignment", "device", "arms", "precision"]
-)
+NAMES = "dataset teacher student condenser normalisation inversion alignment layer evaluate device arms precision"
+
+
+@pytest.mark.parametrize("name", NAMES.split())
 def test_unknown_names_are_refused_with_what_is_known(name):
     assert "'nonesuch'" in refused("run_kd", name, "nonesuch")
+
+
+@pytest.mark.parametrize("alignment", ["gan", "mmd:", "mmd:-1", "mmd:much", "", 3])
+def test_an_alignment_has_a_name_and_perhaps_a_weight(alignment):
+    assert "mmd:0.5" in refused("run_kd", "alignment", alignment)
+    assert repr(alignment) in refused("run_alignment", "alignments", alignment)
 
 
 @pytest.mark.parametrize("arms", ["", "condensed,best", "condensed,,full", 3])
