@@ -400,7 +400,7 @@ class WhitePixels(Pixels):
         self.z = whitening(super().images().detach()).requires_grad_()
         self.log_step = torch.tensor(settings.step_size, device=self.z.device).log().requires_grad_()
         groups = [{"params": [self.z]}, {"params": [self.log_step], "lr": settings.lr_step}]
-        self.optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+        self.optimizer = torch.optim.SGD(groups, lr=settings.lr * task.ipc**0.5, momentum=settings.momentum)
 
     def images(self) -> Float[Tensor, "n c h w"]:
         return self.whitening.undo(self.z)
@@ -424,7 +424,7 @@ class MTT(Condenser):
 
     iterations = (50, 200)
     network: str = "convnet3_w64"
-    lr: float = 100.0  # of whitened pixels
+    lr: float = 100.0  # of whitened pixels and one image per class; it grows with the square root of their number
     momentum: float = 0.5
     step_size: float = 0.02  # of the student, at first
     lr_step: float = 0.02  # of its logarithm

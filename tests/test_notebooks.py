@@ -64,6 +64,27 @@ def test_every_assertion_in_the_notebook_holds(path, tmp_path):
     assert process.exitcode == 0, (tmp_path / "log").read_text()
 
 
+TABLES = [p for p in NOTEBOOKS if p.stem.startswith("paper_") and p.stem != "paper_a_images"]
+
+
+def draw(path, log):
+    "Run every cell of a notebook that reads the committed records."
+    from execnb.nbio import read_nb
+    from execnb.shell import CaptureShell
+
+    os.chdir(ROOT)
+    with open(log, "w") as out, redirect_stdout(out), redirect_stderr(out):
+        CaptureShell().run_all(read_nb(path), exc_stop=True)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
+def test_tables_and_figures_are_drawn_from_the_committed_records(path, tmp_path):
+    process = FRESH.Process(target=draw, args=(path, tmp_path / "log"))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()
+
+
 def test_nbdev_test_alone_leaves_the_long_notebooks_out():
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
