@@ -185,8 +185,13 @@ class Pixels:
         return self.z * self.std + self.mean
 
     def as_set(self, train: ImageSet) -> ImageSet:
-        "What the images are now, as a set like `train`."
-        return replace(train, images=self.images().detach().clamp(0, 1), labels=self.labels)
+        "What the images are now, as a set like `train`; its provenance is what was learned beside them."
+        images = self.images().detach().clamp(0, 1)
+        return replace(train, images=images, labels=self.labels, provenance={"learned": self.learned()})
+
+    def learned(self) -> dict:
+        "Plain values that were optimised together with the pixels."
+        return {}
 
     def step(self) -> None:
         "Follow the gradient that has been accumulated, then back into [0, 1]."
@@ -405,6 +410,9 @@ class WhitePixels(Pixels):
     def images(self) -> Float[Tensor, "n c h w"]:
         return self.whitening.undo(self.z)
 
+    def learned(self) -> dict:
+        return {"step_size": self.log_step.exp().item()}
+
     @torch.no_grad()
     def project(self) -> None:
         self.z.copy_(self.whitening(self.images().clamp(0, 1)))
@@ -571,7 +579,7 @@ def condense(
     seed: int,
     iterations: int,  # optimisation steps; 0: default_iterations. Read by methods that optimise
     fabric: Fabric,
-) -> ImageSet:  # on the device, class by class, hard labels; provenance: method, config, seed, history, seconds, evaluation, source
+) -> ImageSet:  # on the device, class by class, hard labels; its provenance says how it was made and is to be judged
     "`ipc` images per class made from `train` by `name`, from the cache if they were made before. Refuses as `check_condenser`."
     condenser = check_condenser(name, train, ipc, iterations)
     steps = 0 if condenser.chooses else iterations or default_iterations(condenser, train, ipc)
@@ -585,6 +593,7 @@ def condense(
             made, history = condenser.make(task)
         seconds = round(time.perf_counter() - began, 2)
         notes = provenance(name, settings, seed, train) | {"history": history, "seconds": seconds}
+        notes["learned"] = made.provenance.get("learned", {})
         return replace(made, labels=made.hard_labels, provenance=notes)
 
     return on_device(cached("condensed", config, compute, lambda path, made: made.save(path), ImageSet.load), fabric)
@@ -640,7 +649,9 @@ def denormalise(
     return images.clamp(0, 1), normalisation
 
 # %% ../nbs/04_condensation.ipynb #cell-76
-NUMPY_SCALARS = (np._core.multiarray.scalar, np.dtype, type(np.dtype("f8")), type(np.dtype("f4")))  # beside the images, accuracies
+_scalar = np.float64(0).__reduce__()[0]  # makes the accuracies beside the images; it was renamed in NumPy 2
+NUMPY_SCALARS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY_SCALARS += [np.dtype, type(np.dtype("f8")), type(np.dtype("f4"))]
 
 
 def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
@@ -691,7 +702,7 @@ def load_condensed(
         problem = str(error)
     refuse("condenser", str(path), f"it must be a set of images that this library saved ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-84
+# %% ../nbs/04_condensation.ipynb #cell-86
 def soften(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:
     "The same images with the teacher's answers, softened by `temperature`, in the place of their labels."
     labels = (predict(teacher, images, fabric)[1] / temperature).softmax(1).to(images.images.device)

@@ -267,7 +267,7 @@ def plot_arms(
     grid = sns.catplot(data, x="accuracy", y=y, hue="set", hue_order=arms, col=col, row=row, **shape, **marks, **bars)
     grid.set_axis_labels("student accuracy (%)", y)
     grid.set_titles(" | ".join(["{col_name}"] + [f"{row} {{row_name}}"] * bool(row)))
-    sns.move_legend(grid, "center left", bbox_to_anchor=(1, 0.5), title=None)
+    grid.legend.set_title(None)
     plt.close(grid.figure)
     return grid.figure
 
