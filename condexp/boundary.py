@@ -119,8 +119,8 @@ def cross(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"]
     return before, w.x, success, steps
 
 
-def push(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"], settings: WalkSettings) -> Float[Tensor, "n c h w"]:
-    "Images some steps deeper in their classes."
+def push(logits: Logits, x: Tensor, targets: Int[Tensor, "n"], settings: WalkSettings) -> Float[Tensor, "n c h w"]:
+    "Images `x` some steps deeper in their classes."
     loss, slope, predicted = look(logits, x, targets)
     w = Walkers(x, loss, slope, torch.full((len(x),), settings.first, device=x.device), predicted)
     for _ in range(settings.beyond):
