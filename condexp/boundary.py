@@ -51,7 +51,7 @@ class Walkers:
     length: Float[Tensor, "n"]  # of the next step
     predicted: Int[Tensor, "n"]
 
-
+# %% ../nbs/10_boundary.ipynb #cell-07
 def look(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"]) -> tuple[Tensor, Tensor, Tensor]:
     "Loss, the gradient's direction (root mean square 1), and the predicted class."
     x = x.detach().requires_grad_()
@@ -62,7 +62,7 @@ def look(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"])
     size = slope.square().mean((1, 2, 3), keepdim=True).sqrt()
     return loss.detach(), slope / size.clamp_min(1e-20), z.argmax(1)
 
-# %% ../nbs/10_boundary.ipynb #cell-07
+# %% ../nbs/10_boundary.ipynb #cell-08
 def stride(w: Walkers, logits: Logits, targets: Int[Tensor, "n"], settings: WalkSettings) -> Walkers:
     "One try of every walker: where it then stands."
     x = (w.x - w.length.view(-1, 1, 1, 1) * w.slope).clamp(settings.low, settings.high)
@@ -73,7 +73,7 @@ def stride(w: Walkers, logits: Logits, targets: Int[Tensor, "n"], settings: Walk
     better = torch.where(here, x, w.x), torch.where(moved, loss, w.loss), torch.where(here, slope, w.slope)
     return Walkers(*better, length, torch.where(moved, predicted, w.predicted))
 
-# %% ../nbs/10_boundary.ipynb #cell-09
+# %% ../nbs/10_boundary.ipynb #cell-10
 @dataclass(frozen=True)
 class Walk:
     "What became of each (image, target); rows that did not cross hold where they got to, on both sides."
@@ -90,13 +90,13 @@ class Walk:
         "The four images of every walk that crossed."
         return torch.cat([side[self.success] for side in (self.before, self.after, self.deep_before, self.deep_after)])
 
-
+# %% ../nbs/10_boundary.ipynb #cell-11
 def margin(logits: Float[Tensor, "n k"]) -> Float[Tensor, "n"]:
     "The largest logit less the next."
     first, second = logits.topk(2, dim=1).values.unbind(1)
     return first - second
 
-# %% ../nbs/10_boundary.ipynb #cell-10
+# %% ../nbs/10_boundary.ipynb #cell-12
 def cross(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"], settings: WalkSettings) -> tuple[Tensor, ...]:
     "(before, after, success, steps) of walks to the targets; those that are there at once do not count as crossing."
     lengths = torch.full((len(x),), settings.first, device=x.device)
@@ -118,7 +118,7 @@ def cross(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"]
         active = active[~there]
     return before, w.x, success, steps
 
-
+# %% ../nbs/10_boundary.ipynb #cell-13
 def push(logits: Logits, x: Tensor, targets: Int[Tensor, "n"], settings: WalkSettings) -> Float[Tensor, "n c h w"]:
     "Images `x` some steps deeper in their classes."
     loss, slope, predicted = look(logits, x, targets)
@@ -127,7 +127,7 @@ def push(logits: Logits, x: Tensor, targets: Int[Tensor, "n"], settings: WalkSet
         w = stride(w, logits, targets, settings)
     return w.x
 
-# %% ../nbs/10_boundary.ipynb #cell-11
+# %% ../nbs/10_boundary.ipynb #cell-14
 def attack(
     logits: Logits,  # a frozen teacher
     images: Float[Tensor, "n c h w"],  # on its device, within the valid range

@@ -58,11 +58,11 @@ class Statement:
     op: str
     args: tuple[int | float, ...]
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-06
 Program = tuple[Statement, ...]  # values 0 and 1 are the place and the time; the last statement is the colour
 OPS: dict[str, Op] = {}
 
-# %% ../nbs/08_surrogates.ipynb #cell-07
+# %% ../nbs/08_surrogates.ipynb #cell-08
 def smooth(low, high, x) -> Tensor:
     "GLSL's `smoothstep`."
     x = ((x - low) / (high - low)).clamp(0, 1)
@@ -84,7 +84,7 @@ def radius(p) -> Tensor:
     "Distance from the origin."
     return (p[0] ** 2 + p[1] ** 2 + 1e-12).sqrt()
 
-# %% ../nbs/08_surrogates.ipynb #cell-08
+# %% ../nbs/08_surrogates.ipynb #cell-09
 OPS |= {
     "add": Op("f", "ff", "{0} + {1}", lambda a, b: a + b),
     "mul": Op("f", "ff", "{0} * {1}", lambda a, b: a * b),
@@ -98,7 +98,7 @@ OPS |= {
     "angle": Op("f", "v", "atan({0}.y, {0}.x) / 6.2831853", lambda p: torch.atan2(p[1], p[0]) / math.tau),
 }
 
-# %% ../nbs/08_surrogates.ipynb #cell-09
+# %% ../nbs/08_surrogates.ipynb #cell-10
 def folded(p, n) -> tuple[Tensor, Tensor]:
     "A kaleidoscope of `n` mirrors."
     sector = math.tau / n
@@ -116,7 +116,7 @@ def logpolar(p) -> tuple[Tensor, Tensor]:
     "Rings become stripes, and spokes too."
     return (radius(p) + 0.05).log(), torch.atan2(p[1], p[0])
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-11
 OPS |= {
     "scale": Op("v", "vf", "{0} * {1}", lambda p, k: (p[0] * k, p[1] * k)),
     "shift": Op("v", "vff", "{0} + vec2({1}, {2})", lambda p, x, y: (p[0] + x, p[1] + y)),
@@ -129,7 +129,7 @@ OPS |= {
     "polar": Op("v", "v", "vec2(log(length({0}) + 0.05), atan({0}.y, {0}.x))", logpolar),
 }
 
-# %% ../nbs/08_surrogates.ipynb #cell-10
+# %% ../nbs/08_surrogates.ipynb #cell-12
 def mixed(a, b, m) -> tuple[Tensor, ...]:
     "A colour between two."
     return tuple(x + (y - x) * m for x, y in zip(a, b, strict=True))
@@ -147,7 +147,7 @@ OPS |= {
     "palette": Op("c", "ffffff", "0.5 + {1} * cos(6.2831853 * ({5} * {0} + vec3({2}, {3}, {4})))", cosine_palette),
 }
 
-# %% ../nbs/08_surrogates.ipynb #cell-12
+# %% ../nbs/08_surrogates.ipynb #cell-14
 def mixed_bits(x: Tensor) -> Tensor:
     "A 32-bit integer hash (two rounds of xor-shift and multiply), of int64 tensors that hold 32 bits."
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -162,7 +162,7 @@ def at_random(x: Tensor, y: Tensor, seed: float) -> Tensor:
     inner = mixed_bits((y + int(mixed_bits(torch.tensor(int(seed))))) & 0xFFFFFFFF)
     return (mixed_bits((x + inner) & 0xFFFFFFFF) >> 8).float() / 2**24
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-15
 def noise(p, seed) -> Tensor:
     "Value noise: random numbers at whole places, smoothly between them."
     (x, y), (i, j) = p, (p[0].floor(), p[1].floor())
@@ -171,7 +171,7 @@ def noise(p, seed) -> Tensor:
     low, high = (a + (b - a) * u for a, b in (corners[:2], corners[2:]))
     return low + (high - low) * v
 
-# %% ../nbs/08_surrogates.ipynb #cell-13
+# %% ../nbs/08_surrogates.ipynb #cell-16
 def clouds(p, seed) -> Tensor:
     "Four octaves of noise, each turned and twice as fine."
     total, weight = 0.0, 0.5
@@ -180,7 +180,7 @@ def clouds(p, seed) -> Tensor:
         p, weight = (1.6 * p[0] - 1.2 * p[1] + 3.7, 1.2 * p[0] + 1.6 * p[1] + 3.7), weight / 2
     return total / 0.9375
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-17
 def cells(p, seed) -> tuple[Tensor, Tensor]:
     "Voronoi cells of random points: the distance to the nearest, and its own random number."
     i, j = p[0].floor(), p[1].floor()
@@ -193,7 +193,7 @@ def cells(p, seed) -> tuple[Tensor, Tensor]:
             best = torch.minimum(d, best)
     return best, own
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-18
 def orbit(p, x, y) -> Tensor:
     "How near the orbit of a Julia set comes to the origin in twelve rounds."
     a, b = p
@@ -203,7 +203,7 @@ def orbit(p, x, y) -> Tensor:
         nearest = torch.minimum(nearest, radius((a, b)))
     return nearest
 
-# %% ../nbs/08_surrogates.ipynb #cell-14
+# %% ../nbs/08_surrogates.ipynb #cell-19
 def warped(p, amount, seed) -> tuple[Tensor, Tensor]:
     "A place moved by two noises."
     return p[0] + amount * (noise(p, seed) - 0.5), p[1] + amount * (noise(p, seed + 1) - 0.5)
@@ -225,7 +225,7 @@ def box(p, aspect) -> Tensor:
     "Distance-like: 1 on the edge of a rectangle."
     return torch.maximum(p[0].abs() * aspect, p[1].abs() / aspect)
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-20
 OPS |= {
     "noise": Op("f", "vf", "noise({0}, {1})", noise),
     "clouds": Op("f", "vf", "clouds({0}, {1})", clouds),
@@ -238,7 +238,7 @@ OPS |= {
     "box": Op("f", "vf", "max(abs({0}.x) * {1}, abs({0}.y) / {1})", box),
 }
 
-# %% ../nbs/08_surrogates.ipynb #cell-16
+# %% ../nbs/08_surrogates.ipynb #cell-22
 HELPERS = """
 vec2 rotated(vec2 p, float a) { return vec2(p.x * cos(a) - p.y * sin(a), p.x * sin(a) + p.y * cos(a)); }
 vec2 folded(vec2 p, float n) {
@@ -271,7 +271,7 @@ float clouds(vec2 p, float s) {
 }
 """
 
-# %% ../nbs/08_surrogates.ipynb #cell-17
+# %% ../nbs/08_surrogates.ipynb #cell-23
 HELPERS += """
 vec2 cells(vec2 p, float s) {
     vec2 best = vec2(9.0, 0.0);
@@ -297,7 +297,7 @@ float polygon(vec2 p, float n) {
 }
 """
 
-# %% ../nbs/08_surrogates.ipynb #cell-19
+# %% ../nbs/08_surrogates.ipynb #cell-25
 def to_glsl(program: Program) -> str:
     "The program as the body of a function that returns its last value."
     lines = []
@@ -313,7 +313,7 @@ def places(size: int) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
     y, x = torch.meshgrid(along, along, indexing="ij")
     return x, y
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-26
 def evaluate(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by torch."
     x, y = places(size)
@@ -324,7 +324,7 @@ def evaluate(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Te
     colour = [torch.as_tensor(c).expand(len(times), size, size) for c in values[-1]]
     return (torch.stack(colour, 1).nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/08_surrogates.ipynb #cell-21
+# %% ../nbs/08_surrogates.ipynb #cell-28
 class Writer:
     "Writes a program, a statement a call; every choice comes from `seed`."
 
@@ -363,7 +363,7 @@ class Writer:
         start = self.number(low, high)
         return self("add", self("mul", 1, self.number(-0.5, 0.5)), start) if self.chance(0.5) else start
 
-# %% ../nbs/08_surrogates.ipynb #cell-22
+# %% ../nbs/08_surrogates.ipynb #cell-29
 PLACES = dict(scale=3, rotate=2, shift=2, stretch=1, fold=1, mirror=0.5, tile=0.7, swirl=1, polar=0.5, warp=2)
 PATTERNS = dict(stripes=2, rings=1.5, spokes=1, clouds=2, noise=1, cell=1.5, mosaic=1.5, orbit=1.5, checks=1, slope=1)
 SHAPES = dict(disc=1, polygon=1.5, star=1.5, box=1.5, ring=1)
@@ -382,7 +382,7 @@ def write_place(w: Writer, p: int, steps: int) -> int:
         p = w(kind, w("scale", p, w.ratio(1, 3)) if kind in ("tile", "warp") else p, *args)
     return p
 
-# %% ../nbs/08_surrogates.ipynb #cell-23
+# %% ../nbs/08_surrogates.ipynb #cell-30
 def write_pattern(w: Writer, p: int) -> int:
     "A number at each place, mostly between 0 and 1."
     kind = w.choose(PATTERNS)
@@ -403,7 +403,7 @@ def write_pattern(w: Writer, p: int) -> int:
         x = w(kind, w("scale", w("shift", p, w.moving(-5, 5), 0.0), w.ratio(0.8, 6)), w.whole(0, 999))
     return write_finish(w, x)
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-31
 def write_finish(w: Writer, x: int) -> int:
     "A pattern as it is, with a hard edge, or in contours."
     finish = w.choose(dict(plain=2, edge=1, contours=1, texture=0.5))
@@ -416,7 +416,7 @@ def write_finish(w: Writer, x: int) -> int:
         return w("add", w("mul", x, 0.6), w("mul", grain, 0.4))
     return x
 
-# %% ../nbs/08_surrogates.ipynb #cell-24
+# %% ../nbs/08_surrogates.ipynb #cell-32
 def write_mask(w: Writer) -> int:
     "1 where a layer shows, 0 where it does not."
     if w.chance(0.25):
@@ -440,7 +440,7 @@ def write_mask(w: Writer) -> int:
     outside = w("edge", x, 1.0, w.ratio(0.01, 0.3))
     return w("add", w("mul", outside, -1.0), 1.0)
 
-# %% ../nbs/08_surrogates.ipynb #cell-25
+# %% ../nbs/08_surrogates.ipynb #cell-33
 def write_colour(w: Writer, style: str) -> int:
     "A plain colour in the scene's style."
     light = w.number(0, 1) if style != "dark" else w.number(0, 0.35)
@@ -457,14 +457,14 @@ def write_paint(w: Writer, x: int, style: str) -> int:
         colour = w("mix", colour, write_colour(w, style), write_finish(w, x))
     return colour
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-34
 def write_fill(w: Writer, style: str) -> int:
     "What a layer shows: one colour, or a painted pattern."
     if w.chance(0.25):
         return write_colour(w, style)
     return write_paint(w, write_pattern(w, write_place(w, w.view, int(w.whole(0, 3)))), style)
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-35
 def write_program(seed: int) -> Program:
     "A scene: a background, layers upon it, and perhaps a light."
     w = Writer(seed)
@@ -477,7 +477,7 @@ def write_program(seed: int) -> Program:
         colour = w("shade", colour, light)
     return tuple(w.program)
 
-# %% ../nbs/08_surrogates.ipynb #cell-29
+# %% ../nbs/08_surrogates.ipynb #cell-39
 FRAMES = 256  # most frames in one draw
 FRAGMENT = """#version 330
 uniform float times[{frames}];
@@ -495,7 +495,7 @@ void main() {{
 """
 VERTEX = "#version 330\nvoid main() { gl_Position = vec4(gl_VertexID % 2 * 4 - 1, gl_VertexID / 2 * 4 - 1, 0, 1); }"
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-40
 @functools.cache
 def gl_context():
     "The off-screen OpenGL context of this process. Where there is none, a `RuntimeError` says what to install."
@@ -508,7 +508,7 @@ def gl_context():
     remedy = "install Debian's libegl1 and libgl1, or your GPU's driver, or use backend=torch"
     raise RuntimeError(f"OpenGL is not available ({problem}): {remedy}")
 
-# %% ../nbs/08_surrogates.ipynb #cell-30
+# %% ../nbs/08_surrogates.ipynb #cell-41
 @functools.lru_cache(maxsize=2000)
 def gl_program(source: str):
     "A compiled fragment shader, ready to be drawn."
@@ -516,7 +516,7 @@ def gl_program(source: str):
     program = context.program(vertex_shader=VERTEX, fragment_shader=source)
     return program, context.vertex_array(program, [])
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-42
 def draw(source: str, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each of at most `FRAMES` times, by OpenGL."
     program, triangle = gl_program(source)
@@ -529,7 +529,7 @@ def draw(source: str, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 
     canvas.release()
     return torch.from_numpy(pixels.reshape(-1, size, size, 3).copy()).permute(0, 3, 1, 2).contiguous()
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-43
 def render(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by OpenGL: what `evaluate` gives, up to rounding."
     source = FRAGMENT.format(frames=FRAMES, helpers=HELPERS, body=to_glsl(program), size=size)
@@ -538,7 +538,7 @@ def render(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tens
 
 BACKENDS = {"opengl": render, "torch": evaluate}
 
-# %% ../nbs/08_surrogates.ipynb #cell-34
+# %% ../nbs/08_surrogates.ipynb #cell-47
 def worth_keeping(frames: UInt8[Tensor, "n 3 h w"]) -> Tensor:  # n truth values
     "Whether a frame is more than one colour, and more than noise."
     grey = frames.float().mean(1) / 255
@@ -551,11 +551,11 @@ def worth_keeping(frames: UInt8[Tensor, "n 3 h w"]) -> Tensor:  # n truth values
     commonest = torch.bincount((codes + place).flatten(), minlength=4096 * len(frames)).view(-1, 4096).max(1).values
     return (power.sqrt() > 0.02) & (neighbours / (2 * power + 1e-9) > 0.2) & (commonest < 0.95 * codes.shape[1])
 
-# %% ../nbs/08_surrogates.ipynb #cell-37
+# %% ../nbs/08_surrogates.ipynb #cell-50
 Stream = Iterator[UInt8[Tensor, "n 3 h w"]]
 PER_VISIT = 16  # frames of a program before it is the next one's turn
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-51
 def shaders(size: int, seed: int, programs: int = 64, backend: str = "opengl") -> Stream:
     "Frames of `programs` random programs, round and round. Without OpenGL, a `RuntimeError` says what to install."
     paint, rng = BACKENDS[one_of("backend", backend, BACKENDS)], np.random.default_rng(seed)
@@ -572,7 +572,7 @@ def shaders(size: int, seed: int, programs: int = 64, backend: str = "opengl") -
             if good.any():
                 yield frames[good]
 
-# %% ../nbs/08_surrogates.ipynb #cell-39
+# %% ../nbs/08_surrogates.ipynb #cell-53
 def leaves(size: int, seed: int, shapes: int = 100, batch: int = 250) -> Stream:
     "Images of `shapes` discs, polygons, flowers and boxes, the last ones on top."
     g = torch.Generator().manual_seed(seed)
@@ -593,7 +593,7 @@ def leaves(size: int, seed: int, shapes: int = 100, batch: int = 250) -> Stream:
             canvas = torch.where(inside, torch.rand(batch, 3, 1, 1, generator=g), canvas)
         yield (canvas * 255).round().to(torch.uint8)
 
-# %% ../nbs/08_surrogates.ipynb #cell-41
+# %% ../nbs/08_surrogates.ipynb #cell-55
 def gaussian(size: int, seed: int, mean: Sequence[float], std: Sequence[float], batch: int = 250) -> Stream:
     "Independent normal pixels."
     g = torch.Generator().manual_seed(seed)
@@ -602,7 +602,7 @@ def gaussian(size: int, seed: int, mean: Sequence[float], std: Sequence[float], 
         noise = torch.randn(batch, len(centre), size, size, generator=g)
         yield ((centre + spread * noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/08_surrogates.ipynb #cell-44
+# %% ../nbs/08_surrogates.ipynb #cell-58
 def photograph(which: str) -> UInt8[Tensor, "3 h w"]:
     "`china` or `flower`, which come with scikit-learn, or the picture at a path."
     if which in ("china", "flower"):
@@ -621,10 +621,10 @@ def pyramid(photo: UInt8[Tensor, "3 h w"], size: int) -> list[Float[Tensor, "3 h
         levels.append(F.avg_pool2d(levels[-1], 2))
     return levels
 
-# %% ../nbs/08_surrogates.ipynb #cell-45
+# %% ../nbs/08_surrogates.ipynb #cell-59
 CROP = Augment(shift=0, flip=False, brightness=0.2, saturation=0.5, contrast=0.3)  # how crops are recoloured
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-60
 def crops(size: int, seed: int, photo: str = "china", batch: int = 250) -> Stream:
     "Random square crops of a photograph, from `size` pixels to its height, turned, mirrored, recoloured; no flat ones."
     levels, g = pyramid(photograph(photo), size), torch.Generator().manual_seed(seed)
@@ -647,7 +647,7 @@ def crops(size: int, seed: int, photo: str = "china", batch: int = 250) -> Strea
             out = (CROP(out).clamp(0, 1) * 255).round().to(torch.uint8)
         yield out[worth_keeping(out)]
 
-# %% ../nbs/08_surrogates.ipynb #cell-48
+# %% ../nbs/08_surrogates.ipynb #cell-63
 def real(images: ImageSet, seed: int, batch: int = 250) -> Stream:
     "The images of a set in random order, again and again."
     g = torch.Generator().manual_seed(seed)
@@ -655,7 +655,7 @@ def real(images: ImageSet, seed: int, batch: int = 250) -> Stream:
         for index in torch.randperm(len(images), generator=g).split(batch):
             yield (images.batch(index.to(images.images.device)) * 255).round().to(torch.uint8).cpu()
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-64
 RELATED = {  # words in the names of ImageNet's classes that show what a class of CIFAR-10 shows
     "airplane": ("airliner", "warplane", "airplane"),
     "automobile": ("sports car", "convertible", "limousine", "beach wagon", "minivan", "jeep", "cab", "Model T", "racer"),
@@ -669,7 +669,7 @@ RELATED = {  # words in the names of ImageNet's classes that show what a class o
     "truck": ("moving van", "police van", "pickup", "trailer truck", "fire engine", "garbage truck", "tow truck"),
 }
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-65
 def overlap(
     words: dict[str, str],  # class of the set -> its name in words, as in ImageNet's words.tsv
     related: dict[str, Sequence[str]] = RELATED,  # class of the teacher -> words that name the same
@@ -682,14 +682,14 @@ def overlap(
                 found[name] = known
     return found
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-66
 def by_overlap(images: ImageSet, overlapping: Sequence[str]) -> tuple[ImageSet, ImageSet]:
     "(in distribution, out of distribution): the images of the classes named, and the others."
     known = torch.tensor([name in set(overlapping) for name in images.classes], device=images.images.device)
     inside, outside = (where[images.hard_labels].nonzero().flatten() for where in (known, ~known))
     return images.subset(inside, part="overlapping classes"), images.subset(outside, part="other classes")
 
-# %% ../nbs/08_surrogates.ipynb #cell-51
+# %% ../nbs/08_surrogates.ipynb #cell-69
 def rank_within(labels: Int[Tensor, "n"], classes: int) -> Int[Tensor, "n"]:
     "How many earlier entries have the same label."
     return F.one_hot(labels, classes).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
@@ -702,7 +702,7 @@ def to_channels(frames: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tensor
     grey = frames.float().mean(1, keepdim=True).round().to(torch.uint8)
     return grey.expand(-1, channels, -1, -1)
 
-# %% ../nbs/08_surrogates.ipynb #cell-52
+# %% ../nbs/08_surrogates.ipynb #cell-70
 SAMPLINGS = ("uniform", "longtail", "asis")
 
 
@@ -719,7 +719,7 @@ def quotas(
     room[: count - int(room.sum())] += 1
     return room
 
-# %% ../nbs/08_surrogates.ipynb #cell-54
+# %% ../nbs/08_surrogates.ipynb #cell-72
 def filtered(
     stream: Stream,
     teacher: Classifier,  # frozen, on the fabric's device
@@ -744,14 +744,14 @@ def filtered(
     made = like(teacher, torch.cat(kept), torch.cat(labels))
     return replace(made, provenance={"seen": seen, "counts": made.counts, "teacher": fingerprint(teacher)})
 
-# %% ../nbs/08_surrogates.ipynb #cell-55
+# %% ../nbs/08_surrogates.ipynb #cell-73
 def like(teacher: Classifier, frames: UInt8[Tensor, "n c h w"], labels: Int[Tensor, "n"] | None = None) -> ImageSet:
     "Frames as a set with the teacher's classes and normalisation; without labels, all of the first class."
     spec = teacher.spec
     labels = torch.zeros(len(frames), dtype=torch.long) if labels is None else labels
     return ImageSet(frames, labels, spec.classes, spec.mean, spec.std)
 
-# %% ../nbs/08_surrogates.ipynb #cell-57
+# %% ../nbs/08_surrogates.ipynb #cell-75
 def open_stream(
     name: str, size: int, seed: int, mean, std, programs: int = 64, backend: str = "opengl", photo: str = "china"
 ) -> Stream:
@@ -764,7 +764,7 @@ def open_stream(
     }
     return streams[one_of("surrogate", name, streams)]()
 
-# %% ../nbs/08_surrogates.ipynb #cell-58
+# %% ../nbs/08_surrogates.ipynb #cell-76
 def surrogate(
     name: str,  # shaders, leaves, noise, single_image
     teacher: Classifier,  # frozen, on the fabric's device: gives size, channels, classes
@@ -790,7 +790,7 @@ def surrogate(
     warn_of_gaps(made, quotas(count, made.num_classes, sampling))
     return made
 
-
+# %% ../nbs/08_surrogates.ipynb #cell-77
 def warn_of_gaps(made: ImageSet, wanted: Int[Tensor, "k"]) -> None:
     "Warn of the classes that got less than what was wanted of each (nothing is, where the stream is taken as it is)."
     if len(made) < made.provenance["count"]:
