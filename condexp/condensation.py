@@ -653,7 +653,7 @@ _scalar = np.float64(0).__reduce__()[0]  # makes the accuracies beside the image
 NUMPY_SCALARS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 NUMPY_SCALARS += [np.dtype, type(np.dtype("f8")), type(np.dtype("f4"))]
 
-
+# %% ../nbs/04_condensation.ipynb #cell-77
 def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     "Images and labels (hard or soft) of a `.pt` file of the DC, DSA, DM or MTT code; a `ValueError` for any other."
     def load(file: Path):
@@ -670,7 +670,7 @@ def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     needed = "a file of the DC, DSA, DM or MTT code; images_*.pt needs labels_*.pt beside it"
     refuse("condenser", path.name, f"it must be {needed} ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-77
+# %% ../nbs/04_condensation.ipynb #cell-78
 def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     "A published file as a set like `train`: what does not fit it is refused."
     images, labels = read_published(path)
@@ -684,7 +684,7 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     notes = {"method": "published", "file": path.name, "normalisation": how}
     return replace(train, images=images, labels=labels, provenance=notes)
 
-# %% ../nbs/04_condensation.ipynb #cell-78
+# %% ../nbs/04_condensation.ipynb #cell-79
 def load_condensed(
     path: Path | str,  # .safetensors: saved here; .pt: published
     train: ImageSet,  # what it was condensed from: gives classes and normalisation of a .pt file
@@ -702,7 +702,7 @@ def load_condensed(
         problem = str(error)
     refuse("condenser", str(path), f"it must be a set of images that this library saved ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-86
+# %% ../nbs/04_condensation.ipynb #cell-87
 def soften(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:
     "The same images with the teacher's answers, softened by `temperature`, in the place of their labels."
     labels = (predict(teacher, images, fabric)[1] / temperature).softmax(1).to(images.images.device)
