@@ -302,7 +302,7 @@ def alignment_settings(
     _, own = named_alignment(name)
     for change in changes:
         one_of("alignment setting", change, [f.name for f in fields(AlignmentSettings)])
-    few = {"weight": 0.3, "floor": 0.15} if ipc < 5 else {}
+    few = {"weight": 0.3, "steps": 1, "r1": 1.0, "floor": 0.15} if ipc < 5 else {}
     return replace(AlignmentSettings(), **(few | own | changes))
 
 # %% ../nbs/06_discriminator.ipynb #cell-43
