@@ -7,14 +7,15 @@ __all__ = ['FAST', 'CMI', 'DEEPINVERSION', 'DAFL', 'ZSKT', 'DFQ', 'PRE_DFKD', 'F
            'Statistics', 'Watch', 'View', 'Term', 'one_hot', 'bn_distance', 'bn_statistics', 'adversarial',
            'disagreement', 'js_adversarial', 'activation', 'balance', 'rms', 'total_variation', 'l2', 'Remembering',
            'SmoothedStatistics', 'contrast', 'Contrastive', 'Canvas', 'Source', 'Pixels', 'FreshGenerator',
-           'MetaGenerator', 'KeptGenerator', 'Memory', 'ReplayGenerator', 'Recipe', 'reweigh', 'quiet', 'Inverter']
+           'MetaGenerator', 'KeptGenerator', 'Memory', 'ReplayGenerator', 'Recipe', 'plain_settings', 'reweigh',
+           'quiet', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -585,6 +586,21 @@ class Recipe:
         "How each view of an image is made."
         return [self.augment] if self.local is None else [self.augment, self.local]
 
+    def plain(self) -> dict:
+        "What the recipe is made of, as plain values: what is cached under its name depends on all of it."
+        maker, settings = getattr(self.source, "func", self.source), getattr(self.source, "keywords", {})
+        terms = {t.name: {"weight": t.weight, "warm": t.warm} | plain_settings(t.loss) for t in self.terms}
+        views = [asdict(view) for view in self.views]
+        return {"source": maker.__name__, **settings, "terms": terms, "steps": self.steps, "views": views}
+
+
+def plain_settings(loss: Callable) -> dict:
+    "The numbers with which a term that remembers was made; its name for any other."
+    if not isinstance(loss, Remembering):
+        return {"loss": getattr(loss, "__name__", repr(loss))}
+    numbers = {k: v for k, v in vars(loss).items() if type(v) in (int, float) and not k.startswith("_")}
+    return {"loss": type(loss).__name__, **numbers}
+
 # %% ../nbs/05_inversion.ipynb #cell-59
 def reweigh(
     recipe: Recipe,
@@ -685,7 +701,7 @@ INVERSIONS: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (FAST, FAST_FOMAML, CMI, DEEPINVERSION, DAFL, ZSKT, DFQ, PRE_DFKD)
 }
 
-# %% ../nbs/05_inversion.ipynb #cell-72
+# %% ../nbs/05_inversion.ipynb #cell-73
 @contextmanager
 def quiet(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
@@ -703,7 +719,7 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for p, need in wanted:
             p.requires_grad_(need)
 
-# %% ../nbs/05_inversion.ipynb #cell-74
+# %% ../nbs/05_inversion.ipynb #cell-75
 class Inverter:
     "A recipe at work on one teacher and one student; a context manager."
 
@@ -744,7 +760,7 @@ class Inverter:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../nbs/05_inversion.ipynb #cell-76
+# %% ../nbs/05_inversion.ipynb #cell-77
 @patch
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     n, views = len(images), [augment(images) for augment in self.views]
@@ -754,7 +770,7 @@ def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     statistics = self.watch.read() if self.watches else None
     return View(images, targets, views[0], features[:n].float(), logits[:n].float(), self.student, statistics)
 
-# %% ../nbs/05_inversion.ipynb #cell-77
+# %% ../nbs/05_inversion.ipynb #cell-78
 @patch
 def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
     "Each term's value, and the weighted total."
@@ -766,7 +782,7 @@ def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
         total = total + values["alignment"]
     return {**values, "total": total}
 
-# %% ../nbs/05_inversion.ipynb #cell-78
+# %% ../nbs/05_inversion.ipynb #cell-79
 @patch
 def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
     with self.fabric.autocast():
@@ -780,7 +796,7 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
     agreement = 100 * (view.logits.argmax(1) == targets).float().mean()
     return view.images.detach(), {name: v.detach() for name, v in values.items()} | {"agreement": agreement}
 
-# %% ../nbs/05_inversion.ipynb #cell-80
+# %% ../nbs/05_inversion.ipynb #cell-81
 @patch
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
@@ -797,7 +813,7 @@ def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
         memory.finish()
     return self.source.finish(best.clamp(0, 1), targets, self.teacher).clamp(0, 1)
 
-# %% ../nbs/05_inversion.ipynb #cell-81
+# %% ../nbs/05_inversion.ipynb #cell-82
 @patch
 def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     for row in rows:
@@ -810,7 +826,7 @@ def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     best = min(range(len(rows)), key=self.trace["total"].__getitem__)
     self.losses.append({**mean, "agreement": self.trace["agreement"][best]})
 
-# %% ../nbs/05_inversion.ipynb #cell-82
+# %% ../nbs/05_inversion.ipynb #cell-83
 @patch
 def synthesise(
     self: Inverter,
@@ -821,7 +837,7 @@ def synthesise(
     with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
-# %% ../nbs/05_inversion.ipynb #cell-84
+# %% ../nbs/05_inversion.ipynb #cell-85
 @patch
 def state_dict(self: Inverter) -> dict:
     "Everything that is kept from batch to batch, as tensors and plain values."

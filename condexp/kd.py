@@ -20,7 +20,7 @@ from torch import Tensor
 from .augment import standard
 from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
 from .data import ImageSet
-from .discriminator import class_frechet, class_mmd, make_alignment, named_alignment
+from .discriminator import alignment_settings, class_frechet, class_mmd, make_alignment, named_alignment
 from .inversion import INVERSIONS, Inverter
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
 from .training import Schedule, accuracy, glance, on_device, predict, rng_state, seeded, set_rng_state, sgd_onecycle
@@ -389,7 +389,11 @@ def distil(
     given = sources[arm.source] if arm.source else None
     inputs = dict(teacher=fingerprint(teacher), test=splits.test.fingerprint, given=given and given.fingerprint)
     config = inputs | dict(arm=name, student=student_name, seed=seed, precision=str(fabric._precision.precision))
-    config |= settings.that_matter(arm) | (dict(yardstick=splits.train.fingerprint) if arm.pool else {})
+    config |= settings.that_matter(arm)
+    if arm.pool:
+        config |= dict(yardstick=splits.train.fingerprint, recipe=INVERSIONS[settings.inversion].plain())
+    if arm.aligned:
+        config |= dict(guidance=asdict(alignment_settings(settings.alignment, min(given.counts))))
 
     def compute(checkpoint):
         return run_arm(name, teacher, student_name, given, splits, settings, seed, fabric, checkpoint)

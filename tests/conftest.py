@@ -24,6 +24,12 @@ ROOT = Path(__file__).parent.parent
 torch.set_num_threads(int(THREADS))
 
 
+def pytest_collection_modifyitems(items):
+    "What takes long comes first, so that no process is left with it at the end."
+    long = "test_run_kd", "test_every_assertion", "test_papermill_ends", "the_classes_that_were_asked_for"
+    items.sort(key=lambda item: not any(name in item.nodeid for name in long))
+
+
 @pytest.fixture(scope="session")
 def fabric():
     return make_fabric("cpu", "32")

@@ -10,6 +10,8 @@ from conftest import Papermill
 from condexp.data import ImageSet
 from condexp.models import load_classifier
 
+pytestmark = pytest.mark.xdist_group("run_kd")  # one process for all, which runs the fixture once
+
 TINY = {"student": "wrn_10_1", "ipc": 1, "condenser": "random", "epochs": 4, "steps": 3, "batch_size": 32}
 
 
