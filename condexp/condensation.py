@@ -180,9 +180,9 @@ class Pixels:
         self.z = ((start.batch() - self.mean) / self.std).requires_grad_()
         self.optimizer = torch.optim.SGD([self.z], lr=lr, momentum=momentum)
 
-    def images(self) -> Float[Tensor, "n c h w"]:
-        "The images in [0, 1], differentiable with respect to what is optimised."
-        return self.z * self.std + self.mean
+    def images(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, "n c h w"]:  # noqa: B008 (all)
+        "The images in [0, 1], or some of them, differentiable with respect to what is optimised."
+        return self.z[rows] * self.std + self.mean
 
     def as_set(self, train: ImageSet) -> ImageSet:
         "What the images are now, as a set like `train`; its provenance is what was learned beside them."
@@ -281,7 +281,7 @@ class DM(Condenser):
             view = partial(embedded_means, network, augment, {k: v[group] for k, v in draw.items()}, task.fabric)
             with torch.no_grad():
                 real = view(task.train.batch(members[group].flatten()))
-            loss = dm_loss(real, view(pixels.images()[own[group].flatten()]))
+            loss = dm_loss(real, view(pixels.images(own[group].flatten())))
             loss.backward()
             total += loss.detach()
         return total
@@ -360,7 +360,7 @@ class Matching:
         ipc, draw = self.task.ipc, self.augment.draw(1, real.device)
         wanted = gradients(self.network, self.augment.apply(self.task.train.batch(real), draw), torch.full_like(real, c))
         own = slice(c * ipc, (c + 1) * ipc)
-        x = self.augment.apply(self.pixels.images()[own], draw)
+        x = self.augment.apply(self.pixels.images(own), draw)
         loss = gradient_distance(wanted, gradients(self.network, x, self.pixels.labels[own], keep=True))
         loss.backward(inputs=[self.pixels.z])
         return loss.detach()
@@ -407,8 +407,8 @@ class WhitePixels(Pixels):
         groups = [{"params": [self.z]}, {"params": [self.log_step], "lr": settings.lr_step}]
         self.optimizer = torch.optim.SGD(groups, lr=settings.lr * task.ipc**0.5, momentum=settings.momentum)
 
-    def images(self) -> Float[Tensor, "n c h w"]:
-        return self.whitening.undo(self.z)
+    def images(self, rows: slice | Tensor = slice(None)) -> Float[Tensor, "n c h w"]:  # noqa: B008 (all)
+        return self.whitening.undo(self.z[rows])
 
     def learned(self) -> dict:
         return {"step_size": self.log_step.exp().item()}

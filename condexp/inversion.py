@@ -595,9 +595,9 @@ class Recipe:
 
 
 def plain_settings(loss: Callable) -> dict:
-    "The numbers with which a term that remembers was made; its name for any other."
+    "The numbers with which a term's loss was made, and its name: two functions that share a name are not told apart."
     if not isinstance(loss, Remembering):
-        return {"loss": getattr(loss, "__name__", repr(loss))}
+        return {"loss": getattr(loss, "func", loss).__name__, **getattr(loss, "keywords", {})}
     numbers = {k: v for k, v in vars(loss).items() if type(v) in (int, float) and not k.startswith("_")}
     return {"loss": type(loss).__name__, **numbers}
 

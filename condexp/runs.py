@@ -86,6 +86,10 @@ class RunTeacher(Run):
         text("output", self.output, empty=True)
 
 # %% ../nbs/12_runs.ipynb #cell-10
+LABELS = ("hard", "soft")  # the class, or the teacher's answers
+EVALUATE = ("test", "minival")  # which images the accuracies are of
+
+
 @dataclass(frozen=True)
 class RunCondense(Run):
     "Parameters of `run_condense`."
@@ -111,10 +115,6 @@ class RunCondense(Run):
         text("output", self.output, empty=True)
 
 # %% ../nbs/12_runs.ipynb #cell-11
-LABELS = ("hard", "soft")  # the class, or the teacher's answers
-EVALUATE = ("test", "minival")  # which images the accuracies are of
-
-
 def positive(name: str, value) -> float:
     "`value` if it is a positive number, else a refusal."
     if type(value) not in (int, float) or not 0 < value < math.inf:

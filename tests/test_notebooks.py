@@ -47,6 +47,14 @@ def contents(folder, *patterns):
     return {p.relative_to(folder): p.read_bytes() for pattern in patterns for p in folder.glob(pattern) if p.is_file()}
 
 
+def succeeds(work, path, log):
+    "Do `work` on a notebook in a fresh process."
+    process = FRESH.Process(target=work, args=(path, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+
+
 def hold(path, log):
     "What `nbdev_test` does with one notebook; its complaint goes to the file `log`."
     from nbdev.test import test_nb
@@ -58,10 +66,7 @@ def hold(path, log):
 
 @pytest.mark.parametrize("path", ROOMS, ids=lambda p: p.stem)
 def test_every_assertion_in_the_notebook_holds(path, tmp_path):
-    process = FRESH.Process(target=hold, args=(path, tmp_path / "log"))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    succeeds(hold, path, tmp_path / "log")
 
 
 TABLES = [p for p in NOTEBOOKS if p.stem.startswith("paper_") and (ROOT / "reports" / p.name).exists()]
@@ -80,10 +85,7 @@ def draw(path, log):
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
 def test_tables_and_figures_are_drawn_from_the_committed_records(path, tmp_path):
-    process = FRESH.Process(target=draw, args=(path, tmp_path / "log"))
-    process.start()
-    process.join()
-    assert process.exitcode == 0, (tmp_path / "log").read_text()
+    succeeds(draw, path, tmp_path / "log")
 
 
 def test_nbdev_test_alone_leaves_the_long_notebooks_out():
