@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GAN_LOSSES', 'ALIGNMENTS', 'frechet_distance', 'class_frechet', 'kernel_scales', 'kernel', 'mmd', 'class_mmd',
-           'FeatureBank', 'feature_bank', 'FeatureDiscriminator', 'GANLoss', 'r1_penalty', 'AlignmentSettings',
-           'named_alignment', 'alignment_settings', 'Alignment', 'AdversarialAlignment', 'class_mmd_loss',
-           'MMDAlignment', 'make_alignment']
+           'class_variance', 'FeatureBank', 'feature_bank', 'FeatureDiscriminator', 'GANLoss', 'r1_penalty',
+           'AlignmentSettings', 'named_alignment', 'alignment_settings', 'Alignment', 'AdversarialAlignment',
+           'class_mmd_loss', 'MMDAlignment', 'make_alignment']
 
 # %% ../nbs/06_discriminator.ipynb #cell-02
 import copy
@@ -131,7 +131,21 @@ def class_mmd(
     distances = [mmd(a[labels_a == c], b[labels_b == c], scales) for c in shared]
     return sum(distances) / len(distances)
 
-# %% ../nbs/06_discriminator.ipynb #cell-24
+# %% ../nbs/06_discriminator.ipynb #cell-21
+def class_variance(
+    a: Float[Tensor, "n d"],  # features of the set to judge
+    labels_a: Int[Tensor, "n"],  # their classes
+    b: Float[Tensor, "m d"],  # features of the reference
+    labels_b: Int[Tensor, "m"],  # their classes
+) -> float:  # percent: 100 where `a` varies as much as `b`, 0 for one image a class
+    "Total variance within the classes both sets have, in percent of the reference's. `ValueError` if there is none."
+    def within(x: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([x[labels == c].double().var(0, correction=0).sum() for c in shared]).mean()
+
+    shared = _shared_classes(labels_a, labels_b)
+    return float(100 * within(a, labels_a) / within(b, labels_b).clamp(min=1e-12))
+
+# %% ../nbs/06_discriminator.ipynb #cell-26
 class FeatureBank:
     "Standardised teacher features of augmented condensed images, sorted by class."
 
@@ -157,7 +171,7 @@ class FeatureBank:
         offset = (torch.rand(len(targets), device=targets.device) * self.counts[targets]).long()
         return self.features[self.starts[targets] + offset]
 
-# %% ../nbs/06_discriminator.ipynb #cell-26
+# %% ../nbs/06_discriminator.ipynb #cell-28
 @torch.no_grad()
 def feature_bank(
     teacher: Classifier,  # frozen, on the fabric's device
@@ -179,7 +193,7 @@ def feature_bank(
         features = [teacher.features_logits(augment(images.batch(i)))[0].float() for i in index.split(batch_size)]
     return FeatureBank(torch.cat(features), labels[index], num_classes)
 
-# %% ../nbs/06_discriminator.ipynb #cell-29
+# %% ../nbs/06_discriminator.ipynb #cell-31
 class FeatureDiscriminator(nn.Module):
     "Real or fake, from standardised features: an MLP with projection conditioning (Miyato & Koyama 2018)."
 
@@ -213,7 +227,7 @@ class FeatureDiscriminator(nn.Module):
             logits = self.judge(hidden).squeeze(1)
             return logits if self.classes is None else logits + (self.classes(targets) * hidden).sum(1)
 
-# %% ../nbs/06_discriminator.ipynb #cell-31
+# %% ../nbs/06_discriminator.ipynb #cell-33
 class GANLoss(NamedTuple):
     "What the two sides minimise, as functions of the discriminator's logits."
 
@@ -229,7 +243,7 @@ GAN_LOSSES = {
     ),
 }
 
-# %% ../nbs/06_discriminator.ipynb #cell-34
+# %% ../nbs/06_discriminator.ipynb #cell-36
 def r1_penalty(
     logits: Float[Tensor, "n"],  # of real samples
     features: Float[Tensor, "n d"],  # the samples; must require a gradient
@@ -238,7 +252,7 @@ def r1_penalty(
     (gradient,) = torch.autograd.grad(logits.sum(), features, create_graph=True)
     return gradient.square().sum(1).mean() / 2
 
-# %% ../nbs/06_discriminator.ipynb #cell-37
+# %% ../nbs/06_discriminator.ipynb #cell-39
 @dataclass(frozen=True)
 class AlignmentSettings:
     "How an alignment works; `alignment_settings` gives the defaults."
@@ -265,7 +279,7 @@ class AlignmentSettings:
         if not 0 < self.lr < float("inf"):
             refuse("lr", self.lr, "it must be a number above 0")
 
-# %% ../nbs/06_discriminator.ipynb #cell-38
+# %% ../nbs/06_discriminator.ipynb #cell-40
 ALIGNMENTS: dict[str, dict] = {  # name: what it changes in the default settings
     "conditional": {},
     "unconditional": {"conditional": False},
@@ -281,7 +295,7 @@ ALIGNMENTS: dict[str, dict] = {  # name: what it changes in the default settings
     "strong_r1": {"r1": 20.0},
 }
 
-# %% ../nbs/06_discriminator.ipynb #cell-39
+# %% ../nbs/06_discriminator.ipynb #cell-41
 def named_alignment(
     text: str,  # a name of ALIGNMENTS, or "name:weight"
     parameter: str = "alignment",  # what the user calls it
@@ -292,7 +306,7 @@ def named_alignment(
         refuse(parameter, text, f"it must be one of {', '.join(ALIGNMENTS)}, perhaps with a weight, as in mmd:0.5")
     return name, ALIGNMENTS[name] | ({"weight": float(weight)} if weight else {})
 
-# %% ../nbs/06_discriminator.ipynb #cell-40
+# %% ../nbs/06_discriminator.ipynb #cell-42
 def alignment_settings(
     name: str,  # as `named_alignment` takes it
     ipc: int,  # condensed images in the smallest class
@@ -305,7 +319,7 @@ def alignment_settings(
     few = {"weight": 0.3, "steps": 1, "r1": 1.0, "floor": 0.15} if ipc < 5 else {}
     return replace(AlignmentSettings(), **(few | own | changes))
 
-# %% ../nbs/06_discriminator.ipynb #cell-43
+# %% ../nbs/06_discriminator.ipynb #cell-45
 class Alignment:
     "What a generator is guided by besides the teacher: `loss` to minimise, `update` after each of its steps."
     series: tuple[str, ...] = ()  # the curves that `record` extends
@@ -342,7 +356,7 @@ class Alignment:
         self.history, self.count = copy.deepcopy(state["history"]), state["count"]
         self.sums = state["sums"].to(self.sums.device, copy=True)
 
-# %% ../nbs/06_discriminator.ipynb #cell-45
+# %% ../nbs/06_discriminator.ipynb #cell-47
 class AdversarialAlignment(Alignment):
     "Paper A's feature alignment: a discriminator of standardised teacher features, conditional or not."
     series = ("real", "fake")  # share of real and of fake samples that the discriminator calls right
@@ -394,7 +408,7 @@ class AdversarialAlignment(Alignment):
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.belief = state["belief"].to(self.belief.device, copy=True)
 
-# %% ../nbs/06_discriminator.ipynb #cell-47
+# %% ../nbs/06_discriminator.ipynb #cell-49
 def _row_mean(values: Float[Tensor, "n n"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, ""]:
     return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -411,7 +425,7 @@ def class_mmd_loss(
     within = _row_mean(kernel(fake, fake, scales), others) + _row_mean(kernel(real, real, scales), others)
     return within - 2 * _row_mean(kernel(fake, real, scales), same)
 
-# %% ../nbs/06_discriminator.ipynb #cell-48
+# %% ../nbs/06_discriminator.ipynb #cell-50
 class MMDAlignment(Alignment):
     "Class-conditional maximum mean discrepancy to the bank, in standardised features; it has nothing to learn."
     series = ("mmd",)  # mean of the unweighted loss
@@ -426,7 +440,7 @@ class MMDAlignment(Alignment):
         self._note(distance)
         return self.settings.weight * distance
 
-# %% ../nbs/06_discriminator.ipynb #cell-49
+# %% ../nbs/06_discriminator.ipynb #cell-51
 def make_alignment(
     name: str,  # of ALIGNMENTS, or "name:weight"
     teacher: Classifier,  # frozen, on the fabric's device

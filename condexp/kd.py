@@ -20,7 +20,7 @@ from torch import Tensor
 from .augment import standard
 from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
 from .data import ImageSet
-from .discriminator import alignment_settings, class_frechet, class_mmd, make_alignment, named_alignment
+from .discriminator import alignment_settings, class_frechet, class_mmd, class_variance, make_alignment, named_alignment
 from .inversion import INVERSIONS, Inverter
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
 from .training import Schedule, accuracy, glance, on_device, predict, rng_state, seeded, set_rng_state, sgd_onecycle
@@ -289,7 +289,7 @@ def pool_quality(
     fabric: Fabric,
     most: int = 5000,  # real images used
 ) -> dict[str, float]:
-    "Distances of the pool's teacher features to real ones, per class, and the percentage the teacher assigns to the asked class."
+    "The pool's teacher features against real ones, class by class, and the percentage the teacher assigns to the asked class."
     chosen = torch.randperm(len(real), device=real.images.device)[:most]
     real = real.subset(chosen)
     (f, z), (g, _) = predict(teacher, pool, fabric), predict(teacher, real, fabric)
@@ -298,6 +298,7 @@ def pool_quality(
     return dict(
         class_frechet=float(class_frechet(f, asked, g, true)),
         class_mmd=float(class_mmd(f, asked, g, true)),
+        class_variance=float(class_variance(f, asked, g, true)),
         agreement=float(agreement),
     )
 

@@ -312,6 +312,7 @@ TABLE = dict(  # entry of a record: column, format
     steps=("student steps", "{:,.0f}"),
     class_frechet=("Frechet to real", "{:.2f}"),
     class_mmd=("MMD to real", "{:.3f}"),
+    class_variance=("variance (% of real)", "{:.0f}"),
     agreement=("teacher agrees (%)", "{:.0f}"),
 )
 
