@@ -22,7 +22,7 @@ from .condensation import CONDENSERS, EVALUATION, NORMALISATIONS, check_condense
 from .data import ImageSet, Splits, load_splits, minival, random_per_class
 from .discriminator import named_alignment
 from .inversion import INVERSIONS
-from .kd import ARMS, Distillation
+from .kd import ARMS, COMPARED, Distillation
 from .models import PENULTIMATE, Classifier, at_layer, check_model, load_classifier, make_classifier
 from .training import DEVICES, PRECISIONS, Schedule, default_schedule, make_fabric, on_device, train_classifier
 
@@ -168,12 +168,12 @@ class RunKD(RunDistil):
         super().__post_init__()
         named_alignment(self.alignment)
         for arm in self.arm_names:
-            one_of("arms", arm, ARMS)
+            one_of("arms", arm, COMPARED)
 
     @property
     def arm_names(self) -> list[str]:
         "The arms asked for, in the papers' order."
-        return sorted(listed("arms", self.arms), key=lambda a: list(ARMS).index(a) if a in ARMS else -1)
+        return sorted(listed("arms", self.arms), key=lambda a: list(COMPARED).index(a) if a in COMPARED else -1)
 
 # %% ../nbs/12_runs.ipynb #cell-17
 @dataclass(frozen=True)
