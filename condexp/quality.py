@@ -19,10 +19,10 @@ from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .cache import refuse
 from .data import ImageSet
 from .discriminator import frechet_distance, mmd
 from .models import Classifier
+from .surrogates import check_pixels
 from .training import glance, predict
 
 # %% ../nbs/09_quality.ipynb #cell-05
@@ -79,15 +79,13 @@ def quality_report(
     fabric: Fabric,
     temperature: float = 4.0,  # of the soft labels
     real: ImageSet | None = None,  # real images of the teacher's classes, where they are at hand
+    boundary: Float[Tensor, "n"] | None = None,  # distances of images to the boundary, of `boundary.boundary_distance`
+    near: float = 0.02,  # what of them counts as near
     most: int = 2000,  # images looked at
 ) -> dict:  # a tidy row
     "Every measure of this room. `ValueError` for images that are not numbers or show nothing."
-    few = glance(images, most)
+    few = glance(check_pixels(images, "images"), most)
     x = few.batch()
-    if not torch.isfinite(x).all():
-        refuse("images", "not finite", "every pixel must be a number")
-    if float(x.std()) < 1e-4:
-        refuse("images", "without contrast", "there must be something to see")
     features, logits = predict(teacher, few, fabric)
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     row = dict(images=len(images), entropy=relative_entropy(counts), counts=counts.tolist())
@@ -96,6 +94,8 @@ def quality_report(
         wide, close = spread(vectors[:1000])
         row |= {f"vendi, {space}": vendi_score(vectors), f"pair distance, {space}": wide, f"nearest, {space}": close}
     row |= {"margin": float(margins(logits).median()), "label entropy": float(label_entropy(logits, temperature).mean())}
+    if boundary is not None:
+        row["near boundary"] = float((boundary <= near).float().mean())
     if real is not None:
         reference = predict(teacher, glance(real, most), fabric)[0]
         row |= {"Frechet to real": frechet_distance(features, reference), "MMD to real": mmd(features, reference)}
