@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Parts', 'Entry', 'TORCHVISION', 'ImageSet', 'pack', 'unpack', 'show_images', 'minival', 'random_per_class', 'decode',
            'Unusable', 'read_images', 'folder_files', 'folder_entries', 'archive_entries', 'Splits', 'arrange',
-           'class_names', 'channel_statistics', 'make_splits', 'vision_entries', 'content_hash', 'load_splits']
+           'class_names', 'channel_statistics', 'make_splits', 'vision_entries', 'content_hash', 'known_dataset',
+           'load_splits']
 
 # %% ../nbs/00_data.ipynb #cell-02
 import bz2
@@ -527,6 +528,11 @@ def _looks_like_path(dataset: str) -> bool:
     known = "/" in dataset or os.sep in dataset or ".tar" in Path(dataset).suffixes
     return known or (dataset != "" and Path(dataset).exists())
 
+
+def known_dataset(dataset: str) -> bool:
+    "Whether a text is the name of a set, or looks like the path of one."
+    return _named(dataset) is not None or _looks_like_path(dataset)
+
 # %% ../nbs/00_data.ipynb #cell-68
 def _load(name: str | None, path: Path, size: int) -> Splits:
     "Digits at once; other sets from the cache, or into it."
@@ -549,7 +555,7 @@ def load_splits(
     if type(size) is not int or not (size == 0 or 4 <= size <= 512):
         refuse("size", size, "it must be 0 (the set's own size) or a whole number from 4 to 512")
     name, path = _named(str(dataset)), Path(str(dataset)).expanduser()
-    if name is None and not _looks_like_path(str(dataset)):
+    if not known_dataset(str(dataset)):
         names = ", ".join(("digits", *TORCHVISION))
         refuse("dataset", dataset, f"it must be one of {names}, or the path of a folder or archive of class folders")
     if name is None and not path.exists():

@@ -122,7 +122,6 @@ class Distillation:
         named_alignment(self.alignment)
         one_of("labels", self.labels, LABELS)
         one_of("augmentation", self.augmentation, AUGMENTATIONS)
-        one_of("mixup", self.mixup, (True, False))
 
     def that_matter(self, arm: Arm) -> dict:
         "The settings that `arm` reads, so that others do not recompute it; Paper B's only where they are not the usual ones."

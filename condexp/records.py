@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARM_ORDER', 'ARM_COLOURS', 'ARM_MARKERS', 'TABLE', 'environment', 'peak_memory', 'write_record', 'curves',
-           'record_rows', 'read_records', 'summary', 'plus_minus', 'paired', 'best_rival', 'scale', 'plot_students',
+           'record_rows', 'read_records', 'plus_minus', 'paired', 'best_rival', 'scale', 'plot_students',
            'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_arms', 'in_words', 'arm_table', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
@@ -95,7 +95,9 @@ def record_rows(record: dict, file: str) -> list[dict]:
     for name, value in record["accuracy"].items():
         own = {what: values[name] for what, values in per_set.items() if name in values}
         own["seconds"] = sum(s for stage, s in record["seconds"].items() if stage.startswith(f"{name}: "))
-        rows.append(common | own | record.get("distances", {}).get(name, {}) | {"set": name, "accuracy": value})
+        measured = record.get("quality", {}).get(name, {}) | record.get("distances", {}).get(name, {})
+        own |= {what: value for what, value in measured.items() if not isinstance(value, list)}
+        rows.append(common | own | {"set": name, "accuracy": value})
     return rows
 
 # %% ../nbs/11_records.ipynb #cell-12
@@ -108,13 +110,8 @@ def read_records(
     return pd.DataFrame([row for p in paths for row in record_rows(json.loads(p.read_text()), p.name)])
 
 # %% ../nbs/11_records.ipynb #cell-13
-def summary(table: pd.DataFrame, by: list[str], value: str = "accuracy") -> pd.DataFrame:
-    "Mean, standard deviation and number of seeds of `value`, grouped by columns of `read_records`."
-    return table.groupby(by, sort=False)[value].agg(mean="mean", sd="std", seeds="count").round(2)
-
-
 def plus_minus(table: pd.DataFrame, rows: list[str], columns: str = "set", value: str = "accuracy") -> pd.DataFrame:
-    "The summary as text for readers: mean ± standard deviation; a dash where there is nothing."
+    "Mean ± standard deviation of `value` as text, grouped by columns of `read_records`; a dash where there is nothing."
     cells = table.groupby([*rows, columns], sort=False)[value].agg(["mean", "std"])
     text = cells.apply(lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}", axis=1)
     return text.unstack(columns).fillna("–")
@@ -156,15 +153,17 @@ ARM_MARKERS = dict(zip(ARM_ORDER, "sDvoP^", strict=True))
 
 # %% ../nbs/11_records.ipynb #cell-22
 def plot_students(
-    histories: dict[str, list[dict]],  # arm -> its history
+    histories: dict[str, list[dict]],  # arm, or name of a set -> its history
     teacher_accuracy: float,  # percent, drawn as a line
     title: str = "",
 ) -> Figure:
-    "Test accuracy of each arm's student, epoch by epoch."
+    "Test accuracy of each arm's, or each set's, student, epoch by epoch."
     figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    others = iter(sns.color_palette("colorblind", len(histories)))
     for arm, history in histories.items():
         points = [h["epoch"] for h in history], [h["accuracy"] for h in history]
-        ax.plot(*points, label=arm, color=ARM_COLOURS[arm], marker=ARM_MARKERS[arm], markersize=5)
+        colour = ARM_COLOURS[arm] if arm in ARM_COLOURS else next(others)
+        ax.plot(*points, label=arm, color=colour, marker=ARM_MARKERS.get(arm, "o"), markersize=5)
     ax.axhline(teacher_accuracy, color="0.4", linestyle=":", label="teacher")
     ax.set(xlabel="epoch", ylabel="student accuracy (% of test images)", title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
