@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Body', 'SMALL_MODELS', 'default_cfgs', 'PENULTIMATE', 'kaiming', 'SmallNet', 'register_small', 'WideBlock',
-           'wide_body', 'residual_body', 'vgg_body', 'convnet_body', 'register_mobilenet', 'ModelSpec',
-           'create_backbone', 'watch', 'Classifier', 'make_classifier', 'from_spec', 'freeze', 'AtLayer', 'at_layer',
-           'model_names', 'takes', 'next_size', 'check_model', 'save_classifier', 'read_spec', 'load_classifier',
-           'fingerprint', 'Generator']
+           'wide_body', 'residual_body', 'vgg_body', 'convnet_body', 'register_mobilenet', 'register_timm',
+           'plane_body', 'ModelSpec', 'create_backbone', 'watch', 'Classifier', 'make_classifier', 'from_spec',
+           'freeze', 'AtLayer', 'at_layer', 'model_names', 'takes', 'next_size', 'check_model', 'save_classifier',
+           'read_spec', 'load_classifier', 'fingerprint', 'Generator']
 
 # %% ../nbs/02_models.ipynb #cell-02
 import copy
@@ -211,6 +211,28 @@ register_mobilenet("mobilenetv2_cifar", "100")
 register_mobilenet("mobilenetv2_035_cifar", "035")
 
 # %% ../nbs/02_models.ipynb #cell-24
+def register_timm(name: str, base: str, **settings) -> None:
+    "Register timm's model `base` with other settings."
+
+    def entry(pretrained: bool = False, **kwargs) -> nn.Module:
+        return timm.create_model(base, pretrained, **settings, **kwargs)
+
+    _register(name, entry)
+
+
+register_timm("vit_cifar", "vit_tiny_patch16_224", patch_size=4, embed_dim=96, depth=6, num_heads=3)
+register_timm("convnext_cifar", "convnext_atto", patch_size=1, depths=(1, 1, 3, 1), dims=(24, 48, 96, 192))
+
+
+def plane_body(channels: int) -> Body:
+    "Convolutions that end in two channels without a bound: averaged over space they are a point in the plane."
+    body, width = vgg_body(channels, (32, 32, 0, 64, 64, 0, 64))
+    return nn.Sequential(body, nn.Conv2d(width, 2, 3, padding=1)), 2
+
+
+register_small("plane_cifar", plane_body)
+
+# %% ../nbs/02_models.ipynb #cell-26
 @dataclass(frozen=True)
 class ModelSpec:
     "All that is needed to build a classifier again, but for its weights."
@@ -222,7 +244,7 @@ class ModelSpec:
     mean: tuple[float, ...]  # per channel, of images in [0, 1]
     std: tuple[float, ...]
 
-# %% ../nbs/02_models.ipynb #cell-25
+# %% ../nbs/02_models.ipynb #cell-27
 def create_backbone(name: str, num_classes: int, channels: int, size: int) -> nn.Module:
     "A randomly initialised timm model; architectures whose weights depend on the image size are told it."
     options = dict(num_classes=num_classes, in_chans=channels)
@@ -233,7 +255,7 @@ def create_backbone(name: str, num_classes: int, channels: int, size: int) -> nn
             raise
     return timm.create_model(name, **options)
 
-# %% ../nbs/02_models.ipynb #cell-27
+# %% ../nbs/02_models.ipynb #cell-30
 @contextmanager
 def watch(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     "Collect (input, output) of `layer` while the block runs; the hook is gone afterwards."
@@ -244,7 +266,7 @@ def watch(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     finally:
         handle.remove()
 
-# %% ../nbs/02_models.ipynb #cell-28
+# %% ../nbs/02_models.ipynb #cell-31
 class Classifier(nn.Module):
     "A timm model that takes images in [0, 1] and knows what its outputs mean."
 
@@ -277,7 +299,7 @@ class Classifier(nn.Module):
             x = torch.zeros(1, self.spec.channels, self.spec.size, self.spec.size)
             return copy.deepcopy(self).to("meta").eval().features_logits(x)[0].shape[1]
 
-# %% ../nbs/02_models.ipynb #cell-29
+# %% ../nbs/02_models.ipynb #cell-32
 def make_classifier(
     name: str,  # any timm model, ours among them
     images: ImageSet,  # gives classes, channels, size and normalisation
@@ -296,7 +318,7 @@ def freeze(model: nn.Module) -> nn.Module:
     "Evaluation mode, and no gradients for the weights: half the cost of differentiating through a teacher."
     return model.eval().requires_grad_(False)
 
-# %% ../nbs/02_models.ipynb #cell-36
+# %% ../nbs/02_models.ipynb #cell-39
 PENULTIMATE = "penultimate"
 
 
@@ -315,7 +337,7 @@ class AtLayer(Classifier):
         positions = {3: 1, 4: (2, 3)}.get(features.ndim)  # of n l d, of n d h w
         return features if positions is None else features.mean(positions), logits
 
-# %% ../nbs/02_models.ipynb #cell-37
+# %% ../nbs/02_models.ipynb #cell-40
 def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
     "`model` itself for the penultimate layer, else one with the same weights whose features come from `layer`."
     if layer in (PENULTIMATE, ""):
@@ -326,7 +348,7 @@ def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
         refuse("layer", layer, f"it must be {PENULTIMATE} or a layer of {model.spec.name}, such as {', '.join(close)}")
     return AtLayer(model, layer)
 
-# %% ../nbs/02_models.ipynb #cell-40
+# %% ../nbs/02_models.ipynb #cell-43
 def model_names() -> list[str]:
     "Every architecture there is, ours among timm's."
     return timm.list_models()
@@ -343,7 +365,7 @@ def takes(name: str, channels: int, size: int) -> bool:
     except Exception:  # whatever it is that an architecture does when an image does not suit it
         return False
 
-# %% ../nbs/02_models.ipynb #cell-41
+# %% ../nbs/02_models.ipynb #cell-44
 def next_size(name: str, channels: int, size: int, largest: int = 1024) -> int | None:
     "The smallest size above `size` that architecture `name` takes, by doubling and bisection."
     low, high = size, 2 * size
@@ -356,7 +378,7 @@ def next_size(name: str, channels: int, size: int, largest: int = 1024) -> int |
         low, high = (low, middle) if takes(name, channels, middle) else (middle, high)
     return high
 
-# %% ../nbs/02_models.ipynb #cell-42
+# %% ../nbs/02_models.ipynb #cell-45
 def check_model(
     parameter: str,  # what the user calls it: "teacher", "student"
     name: str,
@@ -375,7 +397,7 @@ def check_model(
         needs = f"{name} needs images of at least {minimum} x {minimum} pixels"
         refuse(parameter, name, f"{needs}, and these have {size} x {size}: choose another model or a larger size")
 
-# %% ../nbs/02_models.ipynb #cell-45
+# %% ../nbs/02_models.ipynb #cell-48
 def save_classifier(path: Path, model: Classifier, meta: dict) -> Path:
     "Write weights, spec and `meta` (plain values) as one safetensors file."
     return save_tensors(path, model.backbone.state_dict(), {"classifier": asdict(model.spec), "meta": meta})
@@ -392,7 +414,7 @@ def read_spec(path: Path, header: dict) -> ModelSpec:
         raise ValueError(f"{path} holds weights of an unknown architecture, {spec.name!r}")
     return spec
 
-# %% ../nbs/02_models.ipynb #cell-46
+# %% ../nbs/02_models.ipynb #cell-49
 def load_classifier(path: Path, device: str | torch.device = "cpu") -> tuple[Classifier, dict]:
     "The classifier and `meta` that `save_classifier` wrote; `ValueError` for anything else."
     tensors, header = load_tensors(path)
@@ -405,7 +427,7 @@ def load_classifier(path: Path, device: str | torch.device = "cpu") -> tuple[Cla
         raise ValueError(f"{path} holds weights that do not fit {spec.name} with {len(spec.classes)} classes") from None
     return model.to(device), header["meta"]
 
-# %% ../nbs/02_models.ipynb #cell-47
+# %% ../nbs/02_models.ipynb #cell-50
 def fingerprint(model: Classifier) -> str:  # 16 hexadecimal digits
     "A hash of spec, weights and buffers: the same for two classifiers only if they are the same bit for bit."
     digest = hashlib.sha256(json.dumps(asdict(model.spec)).encode())
@@ -413,12 +435,12 @@ def fingerprint(model: Classifier) -> str:  # 16 hexadecimal digits
         digest.update(name.encode() + t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/02_models.ipynb #cell-50
+# %% ../nbs/02_models.ipynb #cell-53
 def _doubling(channels: int, out: int) -> list[nn.Module]:
     "Twice the size, convolution, norm, leaky ReLU."
     return [nn.Upsample(scale_factor=2), nn.Conv2d(channels, out, 3, 1, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
 
-# %% ../nbs/02_models.ipynb #cell-51
+# %% ../nbs/02_models.ipynb #cell-54
 class Generator(nn.Module):
     "Latents to images in [0, 1] (CMI, Fang et al. 2021); any size: made at the next multiple of 4 and cropped."
 
