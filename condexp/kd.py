@@ -24,7 +24,7 @@ from .data import ImageSet, pack, unpack
 from .discriminator import alignment_settings, class_frechet, class_mmd, class_variance, make_alignment, named_alignment
 from .inversion import INVERSIONS, Inverter
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
-from .training import Schedule, accuracy, glance, on_device, predict, rng_state, seeded, set_rng_state, sgd_onecycle
+from .training import Schedule, accuracy, glance, on_device, predict, rng_state, seeded, set_rng_state, onecycle
 
 # %% ../nbs/07_kd.ipynb #cell-05
 DIRECTIONS = ("forward", "reverse")
@@ -167,7 +167,7 @@ class Joint:
         self.like = teacher_set(teacher, fabric)
         self.augment = AUGMENTATIONS[settings.augmentation](self.like)
         schedule = Schedule(settings.epochs, settings.steps, settings.batch_size, settings.lr, weight_decay=settings.weight_decay)
-        optimizer, self.scheduler = sgd_onecycle(student, schedule)
+        optimizer, self.scheduler = onecycle(student, schedule)
         self.student, self.optimizer = fabric.setup(student, optimizer)
         self.pool = Pool(self.like)
         self.history: list[dict] = []

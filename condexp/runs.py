@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVALUATE', 'Run', 'text', 'RunTraining', 'known_model', 'RunTeacher', 'RunCondense', 'positive', 'RunDistil',
            'listed', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set', 'RunSurrogate', 'RunBoundary',
-           'parameters', 'open_run', 'read_teacher', 'open_teacher', 'held_out', 'shortly', 'check_ipc',
+           'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'open_teacher', 'held_out', 'shortly', 'check_ipc',
            'condensed_set', 'arm_sources', 'transfer_source', 'transfer_set', 'set_name', 'set_distillation',
            'distillation', 'teacher_schedule', 'evaluation_schedule']
 
@@ -291,7 +291,24 @@ class RunBoundary(RunSurrogate):
         whole("targets", self.targets, 0)
         whole("attack_steps", self.attack_steps, 1)
 
-# %% ../nbs/12_runs.ipynb #cell-27
+# %% ../nbs/12_runs.ipynb #cell-24
+@dataclass(frozen=True)
+class RunFeatures(Run):
+    "Parameters of `paper_b_features`."
+
+    teacher: str
+    images: int
+    programs: int
+    backend: str
+
+    def __post_init__(self):
+        super().__post_init__()
+        known_model("teacher", self.teacher)
+        whole("images", self.images, 1)
+        whole("programs", self.programs, 1)
+        one_of("backend", self.backend, BACKENDS)
+
+# %% ../nbs/12_runs.ipynb #cell-28
 def parameters(
     scope: dict,  # `globals()` of the notebook, before it assigns anything else
     kind: type[Run],  # the notebook's parameter class
@@ -304,7 +321,7 @@ def parameters(
             refuse(name, value, f"this notebook has no such parameter; it has {', '.join(names)}")
     return kind(**{name: scope[name] for name in names})
 
-# %% ../nbs/12_runs.ipynb #cell-30
+# %% ../nbs/12_runs.ipynb #cell-31
 def open_run(run: Run) -> tuple[Fabric, Splits]:
     "The device and the data of a run, the whole set on the device."
     fabric = make_fabric(run.device, str(run.precision))
@@ -322,7 +339,7 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
         at_layer(model, run.layer)  # refuses a layer that the teacher does not have
     return fabric, Splits(on_device(splits.train, fabric), on_device(splits.test, fabric), splits.note)
 
-# %% ../nbs/12_runs.ipynb #cell-31
+# %% ../nbs/12_runs.ipynb #cell-32
 def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classifier, dict]:
     "A teacher from a file; any other file is refused."
     try:
@@ -331,8 +348,8 @@ def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classif
         problem = str(error)
     refuse("teacher", Path(path).name, f"it must be weights that run_teacher wrote ({problem})")
 
-# %% ../nbs/12_runs.ipynb #cell-32
-def open_teacher(run: RunDistil | RunCondense | RunQuality, splits: Splits, fabric: Fabric) -> tuple[Classifier, dict]:
+# %% ../nbs/12_runs.ipynb #cell-33
+def open_teacher(run: Run, splits: Splits, fabric: Fabric) -> tuple[Classifier, dict]:
     "The teacher and its metadata (`accuracy` in percent): trained or from the cache by name, or read from a file."
     if not run.teacher.endswith(".safetensors"):
         return train_classifier(run.teacher, splits, default_schedule(splits.train), 0, fabric)
@@ -343,7 +360,7 @@ def open_teacher(run: RunDistil | RunCondense | RunQuality, splits: Splits, fabr
             refuse("teacher", Path(run.teacher).name, f"its {what} {has} must be those of dataset, {wanted}")
     return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0} | meta
 
-# %% ../nbs/12_runs.ipynb #cell-33
+# %% ../nbs/12_runs.ipynb #cell-34
 def held_out(run: RunDistil | RunCondense | RunSurrogate, splits: Splits) -> Splits:
     "`splits`, or, to choose settings, with a tenth of the training images held out in the place of the test."
     if run.evaluate == "test":
@@ -357,7 +374,7 @@ def shortly(value) -> str:
     "A long tuple cut to its length and first entries."
     return f"({len(value)}: {', '.join(value[:4])}, ...)" if isinstance(value, tuple) and len(value) > 4 else str(value)
 
-# %% ../nbs/12_runs.ipynb #cell-36
+# %% ../nbs/12_runs.ipynb #cell-37
 def check_ipc(run, train: ImageSet) -> None:
     "Refuse more images per class than the smallest class holds, where an arm or the condenser chooses among real ones."
     if run.condenser in CONDENSERS:
@@ -365,7 +382,7 @@ def check_ipc(run, train: ImageSet) -> None:
     if "random" in getattr(run, "arm_names", ()):
         check_condenser("random", train, run.ipc, 0)
 
-# %% ../nbs/12_runs.ipynb #cell-37
+# %% ../nbs/12_runs.ipynb #cell-38
 def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> ImageSet:
     "The condensed set a run asks for: made (or from the cache) by name, or read from a file."
     if run.condenser in CONDENSERS:
@@ -377,7 +394,7 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
             refuse("condenser", Path(run.condenser).name, f"its {what}, {has}, must be that of dataset, {wanted}")
     return on_device(given, fabric)
 
-# %% ../nbs/12_runs.ipynb #cell-38
+# %% ../nbs/12_runs.ipynb #cell-39
 def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[str]) -> dict[str, ImageSet]:
     "The given images of some arms: `condensed`, `random`, `full`."
     needed = {ARMS[a].source for a in arms} - {""}
@@ -388,7 +405,7 @@ def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[
     )
     return {name: make[name]() for name in make if name in needed}
 
-# %% ../nbs/12_runs.ipynb #cell-41
+# %% ../nbs/12_runs.ipynb #cell-42
 def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     "What a run's transfer set is made of: a surrogate's name, or real images, or those of a saved set."
     if run.surrogate in SURROGATES:
@@ -408,7 +425,7 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     chosen = inside if run.part == "in" else outside
     return chosen if len(chosen) else refuse("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
 
-# %% ../nbs/12_runs.ipynb #cell-42
+# %% ../nbs/12_runs.ipynb #cell-43
 def transfer_set(run: RunQuality, train: ImageSet, teacher: Classifier, fabric: Fabric) -> ImageSet:
     "The images that a run distils from or judges, as the teacher labels them."
     source = transfer_source(run, train)
@@ -422,7 +439,7 @@ def set_name(run: RunQuality) -> str:
     name = Path(run.surrogate).name.split(".")[0]
     return name if run.part == "all" else f"{name}, {run.part} of distribution"
 
-# %% ../nbs/12_runs.ipynb #cell-43
+# %% ../nbs/12_runs.ipynb #cell-44
 def set_distillation(run: RunSurrogate, train: ImageSet) -> Distillation:
     "How a run distils from its set; a temperature of 0 is 2 for real images and 20 for synthetic ones (Paper B)."
     small = len(train) <= 5000
@@ -436,7 +453,7 @@ def set_distillation(run: RunSurrogate, train: ImageSet) -> Distillation:
         mixup=run.mixup,
     )
 
-# %% ../nbs/12_runs.ipynb #cell-46
+# %% ../nbs/12_runs.ipynb #cell-47
 def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional") -> Distillation:
     "The settings of a run's arms: equal for all of them."
     small = len(train) <= 5000
@@ -455,7 +472,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional"
         warmup=6 if small else min(20, run.epochs or 20),
     )
 
-# %% ../nbs/12_runs.ipynb #cell-47
+# %% ../nbs/12_runs.ipynb #cell-48
 def teacher_schedule(run: RunTeacher, train: ImageSet) -> Schedule:
     "The teacher's schedule: the set's default where `epochs`, `steps` or `batch_size` is 0."
     usual = default_schedule(train)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'make_fabric', 'on_device', 'rng_state', 'set_rng_state', 'seeded', 'Schedule',
-           'default_schedule', 'sgd_onecycle', 'predict', 'accuracy', 'epoch_order', 'fit_epoch', 'fit', 'glance',
+           'default_schedule', 'onecycle', 'predict', 'accuracy', 'epoch_order', 'fit_epoch', 'fit', 'glance',
            'train_classifier']
 
 # %% ../nbs/03_training.ipynb #cell-02
@@ -110,11 +110,16 @@ def default_schedule(images: ImageSet) -> Schedule:
     return Schedule(math.ceil(total / steps), steps, batch_size)
 
 
-def sgd_onecycle(model: nn.Module, schedule: Schedule) -> tuple[torch.optim.SGD, OneCycleLR]:
-    "The optimizer and its learning rates, to be advanced after every step."
-    rates = dict(lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
-    optimizer = torch.optim.SGD(model.parameters(), nesterov=schedule.momentum > 0, fused=True, **rates)
-    return optimizer, OneCycleLR(optimizer, schedule.lr, total_steps=schedule.total, cycle_momentum=False)
+def onecycle(model: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optimizer, OneCycleLR]:
+    "The optimizer and its learning rates, to be advanced after every step; AdamW at lr / 100 where there are LayerNorms."
+    if any(isinstance(m, nn.LayerNorm) for m in model.modules()):
+        peak = schedule.lr / 100
+        optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
+    else:
+        peak = schedule.lr
+        rates = dict(lr=peak, momentum=schedule.momentum, weight_decay=schedule.weight_decay)
+        optimizer = torch.optim.SGD(model.parameters(), nesterov=schedule.momentum > 0, fused=True, **rates)
+    return optimizer, OneCycleLR(optimizer, peak, total_steps=schedule.total, cycle_momentum=False)
 
 # %% ../nbs/03_training.ipynb #cell-18
 @torch.no_grad()
@@ -183,7 +188,7 @@ def fit(
 ) -> list[dict]:  # an epoch: loss, accuracy and test accuracy (percent), seconds
     "Train by SGD with one learning-rate cycle; continues from the checkpoint to the numbers of an uninterrupted run."
     images = on_device(images, fabric)
-    optimizer, scheduler = sgd_onecycle(model.to(fabric.device, memory_format=torch.channels_last), schedule)
+    optimizer, scheduler = onecycle(model.to(fabric.device, memory_format=torch.channels_last), schedule)
     network, optimizer = fabric.setup(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = _resume(checkpoint, parts)
