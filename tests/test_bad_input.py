@@ -11,9 +11,19 @@ from dataclasses import replace
 
 from condexp.cache import cache_dir
 from condexp.models import make_classifier, save_classifier
-from condexp.runs import RunAlignment, RunCondense, RunKD, RunTeacher, check_ipc, open_run, open_teacher, parameters
+from condexp.runs import RunAlignment, RunBoundary, RunCondense, RunKD, RunQuality, RunSurrogate, RunTeacher
+from condexp.runs import check_ipc, open_run, open_teacher, parameters, transfer_source
 
-KINDS = {"run_kd": RunKD, "run_condense": RunCondense, "run_teacher": RunTeacher, "run_alignment": RunAlignment}
+KINDS = {
+    "run_kd": RunKD,
+    "run_condense": RunCondense,
+    "run_teacher": RunTeacher,
+    "run_alignment": RunAlignment,
+    "run_quality": RunQuality,
+    "run_surrogate": RunSurrogate,
+    "run_boundary": RunBoundary,
+}
+WITHOUT_GL = {"run_surrogate": {"backend": "torch"}, "run_quality": {"backend": "torch"}}  # OpenGL may not be there
 
 
 def defaults(notebook):
@@ -26,10 +36,12 @@ def defaults(notebook):
 
 def begin(notebook, **given):
     "What the first cells of a run notebook do."
-    run = parameters(defaults(notebook) | given, KINDS[notebook])
+    run = parameters(defaults(notebook) | WITHOUT_GL.get(notebook, {}) | given, KINDS[notebook])
     fabric, splits = open_run(run)
-    if notebook != "run_teacher":
+    if hasattr(run, "ipc"):
         check_ipc(run, splits.train)
+    if hasattr(run, "surrogate"):
+        transfer_source(run, splits.train)
     if getattr(run, "teacher", "").endswith(".safetensors"):
         open_teacher(run, splits, fabric)
 
@@ -98,7 +110,8 @@ def test_a_parameter_that_the_notebook_does_not_have_is_refused(notebook):
 @pytest.mark.parametrize("name", ["epochs", "steps", "seed", "size"])
 @pytest.mark.parametrize("notebook", KINDS)
 def test_counts_are_not_negative_and_whole(notebook, name, value):
-    refused(notebook, name, value)
+    if name in defaults(notebook):
+        refused(notebook, name, value)
 
 
 @pytest.mark.parametrize("value", [0, -4, "hot", float("nan")])
@@ -214,3 +227,49 @@ def test_papermill_ends_with_the_sentence_and_leaves_no_record(notebook, name, v
     last = out.stdout.strip().splitlines()[-1]
     assert out.returncode != 0 and last.startswith(f"ValueError: {name} is "), out.stdout
     assert not list(tmp_path.rglob("*.json")) and not [p for p in papermill.cache.rglob("*") if p.is_file()]
+
+
+NAMES_B = "dataset teacher student surrogate sampling part backend labels augmentation evaluate device precision mixup"
+
+
+@pytest.mark.parametrize("name", NAMES_B.split())
+def test_unknown_names_of_a_transfer_set_are_refused_with_what_is_known(name):
+    assert "'nonesuch'" in refused("run_surrogate", name, "nonesuch")
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("images", 0), ("programs", 0), ("budget", 0), ("temperature", -1), ("attack_steps", 0), ("targets", -1)],
+)
+def test_numbers_of_a_transfer_set_are_refused(name, value):
+    refused("run_boundary", name, value, surrogate="noise")
+
+
+def test_a_real_set_has_the_part_that_is_asked_for(folder):
+    assert "no class" in refused("run_surrogate", "part", "in", surrogate=str(folder(size=16)), size=16)
+
+
+def test_a_saved_transfer_set_has_the_size_of_the_data(condensed, tmp_path):
+    small = replace(condensed, images=condensed.images[..., :8, :8])
+    path = small.save(tmp_path / "small.safetensors")
+    with pytest.raises(ValueError, match="surrogate is .small.safetensors., but its size, 8"):
+        begin("run_surrogate", surrogate=str(path))
+
+
+def test_a_file_that_is_no_set_is_refused(teacher_file):
+    with pytest.raises(ValueError, match="not a set of images"):
+        begin("run_quality", surrogate=str(teacher_file))
+
+
+def test_without_opengl_one_line_says_what_to_install(monkeypatch):
+    from condexp import runs, shaders
+
+    def missing(**_):
+        raise Exception("libGL.so not loaded")
+
+    monkeypatch.setattr("moderngl.create_context", missing)
+    shaders.gl_context.cache_clear()
+    with pytest.raises(RuntimeError, match="libegl1.*backend=torch") as error:
+        begin("run_surrogate", backend="opengl")
+    assert "\n" not in str(error.value) and runs.gl_context is shaders.gl_context
+    shaders.gl_context.cache_clear()

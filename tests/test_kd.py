@@ -15,7 +15,7 @@ TINY = Distillation(epochs=2, steps=2, batch_size=16, synthesis_batch=20, warmup
 
 @pytest.fixture
 def sources(digits, condensed):
-    return {"random": condensed, "condensed": condensed, "full": digits.train}
+    return {"random": condensed, "condensed": condensed, "full": digits.train, "given": digits.test}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -66,7 +66,7 @@ def taught_by_noise(trained, digits, budget, fabric):
     noise = ImageSet(
         images, torch.zeros(400, dtype=torch.long), digits.train.classes, digits.train.mean, digits.train.std
     )
-    return distil("full", trained[0], "wrn_10_1", {"full": noise}, digits, budget, 0, fabric).accuracy
+    return distil("given", trained[0], "wrn_10_1", {"given": noise}, digits, budget, 0, fabric).accuracy
 
 
 @pytest.mark.parametrize("inversion", INVERSIONS)
@@ -81,3 +81,19 @@ def test_both_directions_of_the_loss_vanish_only_where_the_answers_agree():
     a, b = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
     for direction in ("forward", "reverse"):
         assert kd_loss(a, a + 1, direction=direction).abs() < 1e-6 < kd_loss(a, b, direction=direction)
+
+
+@pytest.mark.parametrize(
+    "change", [{"labels": "hard"}, {"augmentation": "extreme"}, {"augmentation": "none"}, {"mixup": True}], ids=str
+)
+def test_what_is_learned_from_a_set_can_be_changed(change, sources, teacher, digits, fabric):
+    usual = distil("given", teacher, "wrn_10_1", sources, digits, TINY, 0, fabric)
+    other = distil("given", teacher, "wrn_10_1", sources, digits, replace(TINY, **change), 0, fabric)
+    assert fingerprint(usual.student) != fingerprint(other.student)
+
+
+def test_real_images_teach_better_than_noise_with_bare_choices_too(
+    sources, taught_by_noise, teacher, digits, budget, fabric
+):
+    settings = replace(budget, labels="hard", mixup=True)
+    assert distil("full", teacher, "wrn_10_1", sources, digits, settings, 0, fabric).accuracy > taught_by_noise + 30

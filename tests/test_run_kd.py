@@ -67,7 +67,9 @@ def test_alignments_are_compared_with_no_guidance_in_one_record(finished, tmp_pa
     assert out.returncode == 0, out.stdout
     (path,) = tmp_path.glob("records/run_alignment-*.json")
     r = json.loads(path.read_text())
-    assert list(r["accuracy"]) == ["condensed", "mixed", "conditional", "mmd:0.5"] and r["config"]["evaluate"] == "minival"
+    assert (
+        list(r["accuracy"]) == ["condensed", "mixed", "conditional", "mmd:0.5"] and r["config"]["evaluate"] == "minival"
+    )
     assert "d_real" in r["histories"]["conditional"][-1] and "d_real" not in r["histories"]["mmd:0.5"][-1]
 
 

@@ -1,0 +1,44 @@
+"""Paper B's notebooks, really run by papermill: their records, and a set that the attack makes good."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("run_b")
+
+SMALL = {"student": "wrn_10_1", "backend": "torch", "epochs": 6, "steps": 25}
+
+
+def record(folder):
+    (path,) = folder.glob("records/*.json")
+    return json.loads(path.read_text())
+
+
+def test_a_bad_set_is_made_good_at_the_boundary(papermill, teacher_file):
+    out = papermill("run_boundary", **SMALL | {"epochs": 10}, surrogate="single_image", images=60, teacher=teacher_file)
+    assert out.returncode == 0, out.stdout
+    r = record(papermill.folder)
+    before, after = r["accuracy"]["single_image"], r["accuracy"]["single_image, attacked"]
+    assert 10 < before < 45 and after > before + 20
+    assert sum(r["crossed"]) >= 0.95 * sum(r["walks"]) and r["images"]["single_image, attacked"] == 4 * sum(
+        r["crossed"]
+    )
+    assert r["quality"]["single_image, attacked"]["entropy"] > r["quality"]["single_image"]["entropy"]
+    assert str(papermill.folder.parent) not in json.dumps(r)
+
+
+def test_a_set_is_made_judged_and_learned_from(papermill, teacher_file):
+    out = papermill("run_surrogate", **SMALL, surrogate="original", images=600, teacher=teacher_file)
+    assert out.returncode == 0, out.stdout
+    r = record(papermill.folder)
+    assert r["accuracy"]["original"] > 60 and r["quality"]["original"]["entropy"] > 0.99
+    assert r["settings"]["temperature"] == 2 and r["settings"]["mixup"] and r["images"]["original"] == 600
+    assert r["counts"]["original"] == [60] * 10
+
+
+def test_any_saved_set_can_be_judged(papermill, teacher_file, condensed, tmp_path):
+    path = condensed.save(tmp_path / "few.safetensors")
+    out = papermill("run_quality", surrogate=str(path), images=0, teacher=teacher_file)
+    assert out.returncode == 0, out.stdout
+    r = record(papermill.folder)
+    assert r["images"] == {"few": 100} and r["quality"]["few"]["entropy"] > 0.98 and r["accuracy"] == {}

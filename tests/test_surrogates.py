@@ -1,0 +1,132 @@
+"""Surrogate sets: one contract for all of them, the teacher-balanced filter, and what Paper B says of their diversity."""
+
+import itertools
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from condexp.data import ImageSet, Splits, channel_statistics
+from condexp.models import freeze
+from condexp.quality import relative_entropy, vendi_score
+from condexp.shaders import evaluate, gl_context, render, write_program
+from condexp.surrogates import SURROGATES, Wanted, filtered, overlap, own_settings, photograph, surrogate, to_channels
+from condexp.training import Schedule, predict, train_classifier
+
+try:
+    gl_context()
+    NO_GL = ""
+except RuntimeError as error:
+    NO_GL = str(error)
+
+
+def first(name, n, size=32, seed=0, channels=3, **settings):
+    "The first images of a stream."
+    wanted = Wanted(size, seed, (0.5,) * channels, (0.25,) * channels)
+    batches, found = [], 0
+    for batch in SURROGATES[name](wanted, **own_settings(name, {"backend": "torch", "programs": 8} | settings)):
+        batches.append(to_channels(batch, channels))
+        found += len(batch)
+        if found >= n:
+            return torch.cat(batches)[:n]
+
+
+@pytest.mark.parametrize("channels, size", [(1, 8), (3, 8), (1, 28), (3, 32), (3, 64)])
+@pytest.mark.parametrize("name", SURROGATES)
+def test_any_size_in_grey_and_colour(name, channels, size):
+    images = first(name, 20, size, channels=channels)
+    assert images.shape == (20, channels, size, size) and images.dtype == torch.uint8
+    assert len(images.flatten(1).unique(dim=0)) > 15 and images.float().std() > 10
+
+
+@pytest.mark.parametrize("name", SURROGATES)
+def test_a_seed_is_a_set(name):
+    assert torch.equal(first(name, 30), first(name, 30)) and not torch.equal(first(name, 30), first(name, 30, seed=1))
+
+
+@pytest.fixture(scope="module")
+def colour_teacher(fabric):
+    "Tells ten regions of two photographs from one another."
+
+    def regions(n, seed):
+        g, crops = torch.Generator().manual_seed(seed), []
+        for c in range(10):
+            photo = photograph(("china", "flower")[c // 5])[:, :, 128 * (c % 5) : 128 * (c % 5) + 128]
+            for _ in range(n):
+                side = int(torch.randint(24, 96, (), generator=g))
+                top, left = (int(torch.randint(m - side, (), generator=g)) for m in photo.shape[1:])
+                crop = photo[None, :, top : top + side, left : left + side].float()
+                crops.append(F.interpolate(crop, size=16, mode="bilinear", antialias=True))
+        return torch.cat(crops).round().byte(), torch.arange(10).repeat_interleave(n)
+
+    (x, y), (u, v) = regions(100, 0), regions(20, 1)
+    about = tuple("abcdefghij"), *channel_statistics(x)
+    splits = Splits(ImageSet(x, y, *about), ImageSet(u, v, *about), "")
+    teacher, meta = train_classifier("wrn_10_1", splits, Schedule(6, 40, 64), 0, fabric)
+    assert meta["accuracy"] > 60
+    return freeze(teacher)
+
+
+@pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
+def test_shaders_are_more_diverse_than_leaves_and_leaves_than_noise(grey, colour_teacher, fabric):
+    def diversity(name):
+        x = first(name, 500, 16, programs=64)
+        x = to_channels(to_channels(x, 1), 3) if grey else x
+        like = colour_teacher.spec
+        images = ImageSet(x, torch.zeros(500).long(), like.classes, like.mean, like.std)
+        return vendi_score(predict(colour_teacher, images, fabric)[0])
+
+    assert diversity("shaders") > diversity("leaves") > diversity("noise")
+
+
+@pytest.mark.skipif(bool(NO_GL), reason=NO_GL)
+def test_opengl_and_torch_paint_the_same():
+    times = torch.tensor([0.5, 4.0, 9.0])
+    for seed in range(200, 215):
+        program = write_program(seed)
+        apart = (render(program, times, 32).float() - evaluate(program, times, 32).float()).abs()
+        assert (apart <= 2).float().mean() > 0.9, f"program {seed}"
+
+
+def test_the_filter_fills_the_classes_evenly(teacher, digits, fabric):
+    made = surrogate(digits.train, teacher, 300, 0, fabric)
+    assert made.counts == [30] * 10 and relative_entropy(torch.tensor(made.counts)) > 0.999
+    assert (predict(teacher, made, fabric)[1].argmax(1) == made.labels).all()
+
+
+def test_the_filter_stops_at_its_budget_and_says_so(teacher, fabric):
+    with pytest.warns(UserWarning, match="are not full"):
+        made = surrogate("noise", teacher, 100, 0, fabric, budget=5.0)
+    assert len(made) < 100 and made.provenance["seen"] <= 5 * 100 + 250 and made.counts == made.provenance["counts"]
+
+
+def test_the_filter_holds_no_more_than_it_keeps(teacher, fabric):
+    "An endless stream of which a thousandth is taken."
+    batch = first("leaves", 50, 16)
+    made = filtered(itertools.repeat(batch), teacher, 2000, fabric, "asis", budget=1.0)
+    assert len(made) == 2000 and made.provenance["seen"] == 2000
+
+
+def test_from_the_cache_it_is_the_same(teacher, fabric):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        one, two = (surrogate("leaves", teacher, 60, 3, fabric, budget=2.0) for _ in range(2))
+    assert one.fingerprint == two.fingerprint and one.provenance == two.provenance
+
+
+def test_settings_of_other_surrogates_do_not_make_a_set_anew(teacher, fabric):
+    one = surrogate("leaves", teacher, 60, 4, fabric, sampling="asis", programs=5)
+    two = surrogate("leaves", teacher, 60, 4, fabric, sampling="asis", programs=6, photo="flower")
+    assert one.provenance == two.provenance
+
+
+def test_images_that_are_no_numbers_are_refused(teacher, digits, fabric):
+    broken = replace(digits.test, images=torch.full((4, 1, 16, 16), float("nan")), labels=torch.zeros(4).long())
+    with pytest.raises(ValueError, match="surrogate is 'not finite'"):
+        surrogate(broken, teacher, 4, 0, fabric)
+
+
+def test_classes_overlap_by_whole_words():
+    assert overlap({"a": "moving van", "b": "savannah"}) == {"a": "truck"}
