@@ -21,7 +21,7 @@ from torch import Tensor
 from .augment import AUGMENTATIONS, mixup
 from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
 from .data import ImageSet, pack, unpack
-from .discriminator import alignment_settings, class_frechet, class_mmd, class_variance, make_alignment, named_alignment
+from .discriminator import class_frechet, class_mmd, class_variance, guidance, make_alignment, named_alignment
 from .inversion import INVERSIONS, Inverter
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
 from .training import Schedule, accuracy, glance, on_device, predict, rng_state, seeded, set_rng_state, onecycle
@@ -126,7 +126,7 @@ class Distillation:
     def that_matter(self, arm: Arm) -> dict:
         "The settings that `arm` reads, so that others do not recompute it; Paper B's only where they are not the usual ones."
         pool = ("share", "inversion", "inversion_steps", "rounds", "synthesis_batch", "warmup", "adversarial_after")
-        unread = (() if arm.pool else pool) + (() if arm.aligned else ("alignment", "layer"))
+        unread = ("alignment",) + (() if arm.pool else pool) + (() if arm.aligned else ("layer",))  # see `guidance` for it
         usual = {name: getattr(Distillation, name) for name in ("labels", "augmentation", "mixup")}
         return {name: v for name, v in asdict(self).items() if name not in unread and v != usual.get(name)}
 
@@ -406,7 +406,7 @@ def distil(
     if arm.pool:
         config |= dict(yardstick=splits.train.fingerprint, recipe=INVERSIONS[settings.inversion].plain())
     if arm.aligned:
-        config |= dict(guidance=asdict(alignment_settings(settings.alignment, min(given.counts))))
+        config |= dict(guidance=guidance(settings.alignment, min(given.counts)))
 
     def compute(checkpoint):
         return run_arm(name, teacher, student_name, given, splits, settings, seed, fabric, checkpoint)
