@@ -24,7 +24,7 @@ from .data import ImageSet, pack, unpack
 from .discriminator import class_frechet, class_mmd, class_variance, guidance, make_alignment, named_alignment
 from .inversion import INVERSIONS, Inverter
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
-from .training import Schedule, accuracy, glance, on_device, predict, rng_state, seeded, set_rng_state, onecycle
+from .training import Schedule, accuracy, glance, on_device, onecycle, predict, rng_state, seeded, set_rng_state
 
 # %% ../nbs/07_kd.ipynb #cell-05
 DIRECTIONS = ("forward", "reverse")

@@ -19,9 +19,9 @@ from types import NoneType
 import torch
 from lightning_fabric import Fabric
 
+from .augment import AUGMENTATIONS
 from .cache import config_hash, one_of, refuse, whole
 from .condensation import CONDENSERS, EVALUATION, NORMALISATIONS, check_condenser, condense, load_condensed
-from .augment import AUGMENTATIONS
 from .data import ImageSet, Splits, known_dataset, load_splits, minival, random_per_class
 from .discriminator import named_alignment
 from .inversion import INVERSIONS
@@ -426,9 +426,8 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     return chosen if len(chosen) else refuse("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
 
 # %% ../nbs/12_runs.ipynb #cell-43
-def transfer_set(run: RunQuality, train: ImageSet, teacher: Classifier, fabric: Fabric) -> ImageSet:
-    "The images that a run distils from or judges, as the teacher labels them."
-    source = transfer_source(run, train)
+def transfer_set(run: RunQuality, source: str | ImageSet, teacher: Classifier, fabric: Fabric) -> ImageSet:
+    "The images that a run distils from or judges, of its `transfer_source`, as the teacher labels them."
     count = run.images or len(source)
     own = dict(programs=run.programs, backend=run.backend, shader_folder=run.shader_folder, photo=run.photo)
     return surrogate(source, teacher, count, run.seed, fabric, run.sampling, float(run.budget), **own)

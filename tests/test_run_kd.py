@@ -9,6 +9,7 @@ from conftest import Papermill
 
 from condexp.data import ImageSet
 from condexp.models import load_classifier
+from condexp.training import accuracy
 
 pytestmark = pytest.mark.xdist_group("run_kd")  # one process for all, which runs the fixture once
 
@@ -28,7 +29,7 @@ def arms(cache):
 def finished(teacher_file, tmp_path_factory):
     "A run of two arms from beginning to end."
     papermill = Papermill(tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache"))
-    out = papermill("run_kd", **TINY, teacher=teacher_file, arms="mixed,expanded")
+    out = papermill("run_kd", **TINY, teacher=teacher_file, arms="mixed,expanded", output="made")
     assert out.returncode == 0, out.stdout
     return papermill
 
@@ -51,6 +52,14 @@ def test_the_executed_notebook_shows_pictures_and_the_record_numbers(finished):
     text = (finished.folder / "out.ipynb").read_text()
     assert text.count("image/png") >= 5
     assert all(f"{a:.1f} %" in text for a in record(finished.folder)["accuracy"].values())
+
+
+def test_what_was_made_is_in_the_output_folder_to_go_on_with(finished, digits, fabric):
+    r, made = record(finished.folder), finished.folder / "made"
+    student, meta = load_classifier(made / "expanded.student.safetensors")
+    assert accuracy(student, digits.test, fabric) == pytest.approx(r["accuracy"]["expanded"], abs=0.3)
+    pool, few = (ImageSet.load(made / name) for name in ("expanded.images.safetensors", "condensed.images.safetensors"))
+    assert len(pool) == r["images"]["expanded"] - len(few) and len(few) == 10 * TINY["ipc"]
 
 
 def test_run_again_it_loads_everything(finished, tmp_path, teacher_file):

@@ -1,7 +1,7 @@
 """Surrogate sets: one contract for all of them, the teacher-balanced filter, and what Paper B says of their diversity."""
 
-import itertools
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -103,10 +103,19 @@ def test_the_filter_stops_at_its_budget_and_says_so(teacher, fabric):
 
 
 def test_the_filter_holds_no_more_than_it_keeps(teacher, fabric):
-    "An endless stream of which a thousandth is taken."
-    batch = first("leaves", 50, 16)
-    made = filtered(itertools.repeat(batch), teacher, 2000, fabric, "asis", budget=1.0)
-    assert len(made) == 2000 and made.provenance["seen"] == 2000
+    "Of an endless stream of one image nothing but a tenth of what is wanted is kept, and no batch is held on to."
+    batch, given, alive = first("leaves", 1, 16, channels=1).expand(50, -1, -1, -1), [], []
+
+    def stream():
+        while True:
+            given.append(weakref.ref(fresh := batch.clone()))
+            yield fresh
+            del fresh
+            alive.append(sum(ref() is not None for ref in given))
+
+    made = filtered(stream(), teacher, 100, fabric, "uniform", budget=20.0)
+    assert len(made) == 10 and made.provenance["seen"] == 2000 and len(given) == 40
+    assert max(alive) <= 2
 
 
 def test_from_the_cache_it_is_the_same(teacher, fabric):
