@@ -177,7 +177,7 @@ def _hold_out(labels: Tensor, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     parts = [(c, min(max(1, round(fraction * len(c))), len(c) - 1)) for c in _per_class(labels, seed=0) if len(c)]
     return tuple(np.sort(np.concatenate(p)) for p in ([c[k:] for c, k in parts], [c[:k] for c, k in parts]))
 
-# %% ../nbs/00_data.ipynb #cell-19
+# %% ../nbs/00_data.ipynb #cell-20
 def minival(
     train: ImageSet,
     fraction: float = 0.1,  # of each class
@@ -186,7 +186,7 @@ def minival(
     rest, held = _hold_out(train.hard_labels, fraction)
     return train.subset(rest, part="train without minival"), train.subset(held, part="minival")
 
-# %% ../nbs/00_data.ipynb #cell-20
+# %% ../nbs/00_data.ipynb #cell-21
 def random_per_class(
     images: ImageSet,
     n: int,  # images a class
@@ -200,11 +200,11 @@ def random_per_class(
     index = np.concatenate([c[:n] for c in _per_class(images.hard_labels, seed)])
     return images.subset(index, method="random", ipc=n, seed=seed)
 
-# %% ../nbs/00_data.ipynb #cell-23
+# %% ../nbs/00_data.ipynb #cell-24
 class _Mixed(Exception):
     "Images said to be of one size are not."
 
-# %% ../nbs/00_data.ipynb #cell-24
+# %% ../nbs/00_data.ipynb #cell-25
 def decode(
     opened: Image.Image,
     size: int,  # pixels
@@ -225,7 +225,7 @@ def decode(
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)
 
-# %% ../nbs/00_data.ipynb #cell-27
+# %% ../nbs/00_data.ipynb #cell-28
 Parts = tuple[str, ...]  # a path inside the set, e.g. ("train", "cat", "1.png")
 Entry = tuple[Parts, Callable[[], Image.Image]]
 
@@ -233,7 +233,7 @@ Entry = tuple[Parts, Callable[[], Image.Image]]
 class Unusable(Exception):
     "What is wrong with a set, as the second half of a sentence."
 
-# %% ../nbs/00_data.ipynb #cell-28
+# %% ../nbs/00_data.ipynb #cell-29
 @contextmanager
 def _naming(parts: Parts) -> Iterator[None]:
     "Whatever goes wrong with an image inside is told with its name."
@@ -244,7 +244,7 @@ def _naming(parts: Parts) -> Iterator[None]:
     except Exception as error:
         raise Unusable(f"its image {'/'.join(parts)!r} cannot be decoded ({type(error).__name__})") from error
 
-# %% ../nbs/00_data.ipynb #cell-30
+# %% ../nbs/00_data.ipynb #cell-32
 def _decode_task(entries: list[Entry], size: int, exact: bool) -> UInt8[np.ndarray, "n 3 size size"]:
     def one(parts: Parts, open_image: Callable[[], Image.Image]) -> np.ndarray:
         with _naming(parts), open_image() as image:
@@ -252,7 +252,7 @@ def _decode_task(entries: list[Entry], size: int, exact: bool) -> UInt8[np.ndarr
 
     return np.stack([one(*entry) for entry in entries])
 
-# %% ../nbs/00_data.ipynb #cell-32
+# %% ../nbs/00_data.ipynb #cell-35
 def _join(arrays: list[np.ndarray]) -> UInt8[Tensor, "n 3 size size"]:
     "Concatenate, giving each part's memory back once it is copied."
     images = torch.empty(sum(map(len, arrays)), *arrays[0].shape[1:], dtype=torch.uint8)
@@ -263,7 +263,7 @@ def _join(arrays: list[np.ndarray]) -> UInt8[Tensor, "n 3 size size"]:
         end -= len(part)
     return images
 
-# %% ../nbs/00_data.ipynb #cell-33
+# %% ../nbs/00_data.ipynb #cell-37
 def _decode_all(entries: Iterator[Entry], size: int, exact: bool) -> tuple[list[Parts], UInt8[Tensor, "n 3 size size"]]:
     "Decode everything in parallel: the paths, and the images in the same order."
     workers = os.cpu_count() or 1
@@ -277,7 +277,7 @@ def _decode_all(entries: Iterator[Entry], size: int, exact: bool) -> tuple[list[
         arrays += [p.result() for p in pending]
     return paths, _join(arrays)
 
-# %% ../nbs/00_data.ipynb #cell-34
+# %% ../nbs/00_data.ipynb #cell-39
 def _own_size(entry: Entry) -> tuple[int, bool]:
     "(size, exact) to try when none is given: that of the first image if it is a small square, else 32."
     parts, open_image = entry
@@ -285,7 +285,7 @@ def _own_size(entry: Entry) -> tuple[int, bool]:
         width, height = image.size
         return (width, True) if 4 <= width == height <= 64 else (32, False)
 
-# %% ../nbs/00_data.ipynb #cell-35
+# %% ../nbs/00_data.ipynb #cell-41
 def read_images(
     entries: Callable[[], Iterator[Entry]],  # starts reading from the beginning
     size: int,  # pixels; 0 = the images' own if they are small squares all alike, else 32
@@ -302,7 +302,7 @@ def read_images(
     grey = all(torch.equal(images[:, 0], images[:, c]) for c in (1, 2))
     return paths, images[:, :1] if grey else images
 
-# %% ../nbs/00_data.ipynb #cell-37
+# %% ../nbs/00_data.ipynb #cell-44
 _SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 
 
@@ -310,7 +310,7 @@ def _is_image(parts: Parts) -> bool:
     hidden = any(part.startswith((".", "__MACOSX")) for part in parts)
     return not hidden and Path(parts[-1]).suffix.lower() in _SUFFIXES
 
-# %% ../nbs/00_data.ipynb #cell-38
+# %% ../nbs/00_data.ipynb #cell-46
 def folder_files(root: Path) -> list[Path]:
     "The images below a folder, sorted."
     found = []
@@ -319,16 +319,16 @@ def folder_files(root: Path) -> list[Path]:
         found += [path for name in files if _is_image((path := Path(folder, name)).relative_to(root).parts)]
     return sorted(found)
 
-# %% ../nbs/00_data.ipynb #cell-39
+# %% ../nbs/00_data.ipynb #cell-47
 def folder_entries(root: Path) -> Iterator[Entry]:
     "The images of a folder."
     for path in progress(folder_files(root), f"Reading {root.name}", leave=False, delay=1):
         yield path.relative_to(root).parts, functools.partial(Image.open, path)
 
-# %% ../nbs/00_data.ipynb #cell-40
+# %% ../nbs/00_data.ipynb #cell-49
 _COMPRESSED = {b"\x1f\x8b": gzip.open, b"\xfd7": lzma.open, b"BZ": bz2.open}  # by a file's first two bytes
 
-# %% ../nbs/00_data.ipynb #cell-41
+# %% ../nbs/00_data.ipynb #cell-50
 def _checked(member: tarfile.TarInfo) -> Parts:
     "The path of an archive's member, if it can be trusted."
     path = PurePosixPath(member.name)
@@ -338,7 +338,7 @@ def _checked(member: tarfile.TarInfo) -> Parts:
         raise Unusable(f"its member {member.name!r} is a link or a device: only files and folders are allowed")
     return path.parts
 
-# %% ../nbs/00_data.ipynb #cell-43
+# %% ../nbs/00_data.ipynb #cell-53
 @contextmanager
 def _decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     "(file, stream): an archive as it is on disk and as tar reads it; damage in it is told."
@@ -353,7 +353,7 @@ def _decompressed(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
         raise Unusable(f"it cannot be read as a tar archive ({error})") from error
 
-# %% ../nbs/00_data.ipynb #cell-44
+# %% ../nbs/00_data.ipynb #cell-54
 def archive_entries(path: Path) -> Iterator[Entry]:
     "The images of a tar archive, in its order, read as one stream."
     size = path.stat().st_size
@@ -367,7 +367,7 @@ def archive_entries(path: Path) -> Iterator[Entry]:
             archive.members = []  # tarfile would remember every member
             bar.update(file.tell() - bar.n)
 
-# %% ../nbs/00_data.ipynb #cell-46
+# %% ../nbs/00_data.ipynb #cell-57
 class Splits(NamedTuple):
     "What everything starts from: the images to learn from, those to test on, and how they were told apart."
 
@@ -390,7 +390,7 @@ class Splits(NamedTuple):
         tensors, meta = load_tensors(path)
         return cls(unpack(tensors, meta["train"], "train."), unpack(tensors, meta["test"], "test."), meta["note"])
 
-# %% ../nbs/00_data.ipynb #cell-47
+# %% ../nbs/00_data.ipynb #cell-58
 def arrange(
     paths: list[Parts],
 ) -> list[tuple[str, str]]:  # ("", "") for an image outside any class
@@ -402,7 +402,7 @@ def arrange(
     below = int(len({p[0] for p in paths if len(p) > 1}) == 1 and any(len(p) > 2 for p in paths))
     return [("train", p[below]) if len(p) > below + 1 else ("", "") for p in paths]
 
-# %% ../nbs/00_data.ipynb #cell-49
+# %% ../nbs/00_data.ipynb #cell-61
 def class_names(places: list[tuple[str, str]]) -> list[str]:
     "The classes of `train`, sorted; what contradicts them is told."
     train, test = ({c for p, c in places if p == part} for part in ("train", "test"))
@@ -416,7 +416,7 @@ def class_names(places: list[tuple[str, str]]) -> list[str]:
         raise Unusable(f"without test/ each class needs two images, one of them to hold out; {lonely[0]!r} has one")
     return sorted(train)
 
-# %% ../nbs/00_data.ipynb #cell-52
+# %% ../nbs/00_data.ipynb #cell-64
 def channel_statistics(
     images: UInt8[Tensor, "n c h w"],
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:  # mean, standard deviation, of images in [0, 1]
@@ -429,7 +429,7 @@ def channel_statistics(
     std = (square - mean**2).clamp_min(0).sqrt().clamp_min(1 / 255)
     return tuple(mean.tolist()), tuple(std.tolist())
 
-# %% ../nbs/00_data.ipynb #cell-54
+# %% ../nbs/00_data.ipynb #cell-66
 def make_splits(
     paths: list[Parts],
     images: UInt8[Tensor, "n c h w"],
@@ -453,7 +453,7 @@ def make_splits(
     return Splits(ImageSet(*train, classes, *norm, provenance | {"part": "train"}),
                   ImageSet(*test, classes, *norm, provenance | {"part": "test"}), note)
 
-# %% ../nbs/00_data.ipynb #cell-56
+# %% ../nbs/00_data.ipynb #cell-69
 def _digits(size: int) -> Splits:
     "scikit-learn's digits, resized bilinearly."
     from sklearn.datasets import load_digits  # slow to import, and needed once
@@ -464,7 +464,7 @@ def _digits(size: int) -> Splits:
     paths = [("train", str(y), f"{i:04d}") for i, y in enumerate(bunch.target)]
     return make_splits(paths, (x * 255).round().byte(), {"dataset": "digits"})
 
-# %% ../nbs/00_data.ipynb #cell-57
+# %% ../nbs/00_data.ipynb #cell-71
 _FLAG = {"train": {"train": True}, "test": {"train": False}}
 _SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
 _TRAINVAL = {"train": {"split": "trainval"}, "test": {"split": "test"}}
@@ -479,7 +479,7 @@ TORCHVISION = {  # name: torchvision's class, and the arguments that make each p
     "aircraft": ("FGVCAircraft", _TRAINVAL),
 }
 
-# %% ../nbs/00_data.ipynb #cell-58
+# %% ../nbs/00_data.ipynb #cell-72
 def vision_entries(
     parts: dict[str, torchvision.datasets.VisionDataset],  # "train" and "test"
     classes: Sequence[str],
@@ -490,7 +490,7 @@ def vision_entries(
         for i, y in enumerate(progress(numbers, f"Reading {part}", leave=False, delay=1)):
             yield (part, classes[int(y)], f"{i:06d}"), lambda data=data, i=i: data[i][0]
 
-# %% ../nbs/00_data.ipynb #cell-59
+# %% ../nbs/00_data.ipynb #cell-73
 def _torchvision(name: str, size: int) -> Splits:
     "One of torchvision's sets, downloaded into the cache."
     kind, arguments = TORCHVISION[name]
@@ -502,7 +502,7 @@ def _torchvision(name: str, size: int) -> Splits:
     classes = getattr(parts["train"], "classes", tuple("0123456789"))  # SVHN names none
     return make_splits(*read_images(lambda: vision_entries(parts, classes), size), {"dataset": name}, classes)
 
-# %% ../nbs/00_data.ipynb #cell-63
+# %% ../nbs/00_data.ipynb #cell-77
 def content_hash(path: Path) -> str:  # 16 hexadecimal digits
     "A name for what an archive or a folder holds."
     if path.is_file():
@@ -511,19 +511,19 @@ def content_hash(path: Path) -> str:  # 16 hexadecimal digits
     facts = ((str(f.relative_to(path)), f.stat().st_size, f.stat().st_mtime_ns) for f in folder_files(path))
     return hashlib.sha256(repr(list(facts)).encode()).hexdigest()[:16]
 
-# %% ../nbs/00_data.ipynb #cell-64
+# %% ../nbs/00_data.ipynb #cell-79
 def _from_path(path: Path, config: dict, size: int) -> Splits:
     "The class folders in a folder or an archive."
     entries = functools.partial(archive_entries if path.is_file() else folder_entries, path)
     return make_splits(*read_images(entries, size), config)
 
-# %% ../nbs/00_data.ipynb #cell-66
+# %% ../nbs/00_data.ipynb #cell-81
 def _named(dataset: str) -> str | None:
     "The known name that `dataset` is, whatever its case and underscores."
     plain = {name.replace("_", ""): name for name in ("digits", *TORCHVISION)}
     return plain.get(dataset.lower().replace("_", "").replace("-", ""))
 
-# %% ../nbs/00_data.ipynb #cell-67
+# %% ../nbs/00_data.ipynb #cell-82
 def _looks_like_path(dataset: str) -> bool:
     known = "/" in dataset or os.sep in dataset or ".tar" in Path(dataset).suffixes
     return known or (dataset != "" and Path(dataset).exists())
@@ -533,7 +533,7 @@ def known_dataset(dataset: str) -> bool:
     "Whether a text is the name of a set, or looks like the path of one."
     return _named(dataset) is not None or _looks_like_path(dataset)
 
-# %% ../nbs/00_data.ipynb #cell-68
+# %% ../nbs/00_data.ipynb #cell-83
 def _load(name: str | None, path: Path, size: int) -> Splits:
     "Digits at once; other sets from the cache, or into it."
     if name == "digits":
@@ -545,7 +545,7 @@ def _load(name: str | None, path: Path, size: int) -> Splits:
         make = functools.partial(_from_path, path, config, size)
     return cached("images", config, lambda checkpoint: make(), lambda p, s: s.save(p), Splits.load)
 
-# %% ../nbs/00_data.ipynb #cell-70
+# %% ../nbs/00_data.ipynb #cell-86
 def load_splits(
     dataset: str,  # digits, a torchvision name, or the path of a folder or .tar* archive of class folders
     size: int = 0,  # pixels; 0 = the set's own

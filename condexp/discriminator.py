@@ -41,7 +41,7 @@ def _gaussian_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Ten
     spread = cov_a.trace() + cov_b.trace() - 2 * overlap
     return float((mean_a - mean_b).square().sum() + spread.clamp(min=0))
 
-# %% ../nbs/06_discriminator.ipynb #cell-08
+# %% ../nbs/06_discriminator.ipynb #cell-09
 def frechet_distance(
     a: Float[Tensor, "n d"],  # features of one set
     b: Float[Tensor, "m d"],  # and of the other
@@ -50,7 +50,7 @@ def frechet_distance(
     a, b = a.double(), b.double()
     return _gaussian_distance(a.mean(0), a.T.cov(correction=0), b.mean(0), b.T.cov(correction=0))
 
-# %% ../nbs/06_discriminator.ipynb #cell-12
+# %% ../nbs/06_discriminator.ipynb #cell-13
 def _shrunk_gaussian(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
     "Mean and OAS-shrunk covariance; a single sample has none."
     n, d = x.shape
@@ -66,14 +66,14 @@ def _principal(b: Float[Tensor, "m d"], components: int) -> Float[Tensor, "d c"]
     "The first principal directions of `b`, as columns; all of them where there are fewer."
     return torch.linalg.eigh(b.T.cov(correction=0))[1][:, -components:]
 
-# %% ../nbs/06_discriminator.ipynb #cell-13
+# %% ../nbs/06_discriminator.ipynb #cell-15
 def _shared_classes(labels_a: Tensor, labels_b: Tensor) -> list[int]:
     shared = sorted(set(labels_a.tolist()) & set(labels_b.tolist()))
     if not shared:
         refuse("labels_a", sorted(set(labels_a.tolist())), "it must share a class with labels_b")
     return shared
 
-# %% ../nbs/06_discriminator.ipynb #cell-14
+# %% ../nbs/06_discriminator.ipynb #cell-16
 def class_frechet(
     a: Float[Tensor, "n d"],  # features of the set to judge
     labels_a: Int[Tensor, "n"],  # their classes
@@ -88,7 +88,7 @@ def class_frechet(
     distances = [_gaussian_distance(*_shrunk_gaussian(a[labels_a == c]), *_shrunk_gaussian(b[labels_b == c])) for c in shared]
     return sum(distances) / len(distances)
 
-# %% ../nbs/06_discriminator.ipynb #cell-16
+# %% ../nbs/06_discriminator.ipynb #cell-19
 def kernel_scales(
     b: Float[Tensor, "m d"],  # the reference
     sample: int = 1000,  # rows looked at, evenly spaced
@@ -98,7 +98,7 @@ def kernel_scales(
     median = F.pdist(rows.double()).square().median() if len(rows) > 1 else rows.new_ones(()).double()
     return (median * torch.tensor([0.25, 1.0, 4.0], dtype=torch.double, device=b.device)).clamp(min=1e-12).to(b.dtype)
 
-# %% ../nbs/06_discriminator.ipynb #cell-17
+# %% ../nbs/06_discriminator.ipynb #cell-21
 def kernel(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"],
@@ -108,7 +108,7 @@ def kernel(
     squared = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
     return torch.exp(-squared / scales[:, None, None]).mean(0)
 
-# %% ../nbs/06_discriminator.ipynb #cell-18
+# %% ../nbs/06_discriminator.ipynb #cell-23
 def mmd(
     a: Float[Tensor, "n d"],  # features of the set to judge
     b: Float[Tensor, "m d"],  # features of the reference
@@ -119,7 +119,7 @@ def mmd(
     scales = kernel_scales(b) if scales is None else scales.double()
     return float(kernel(a, a, scales).mean() + kernel(b, b, scales).mean() - 2 * kernel(a, b, scales).mean())
 
-# %% ../nbs/06_discriminator.ipynb #cell-19
+# %% ../nbs/06_discriminator.ipynb #cell-25
 def class_mmd(
     a: Float[Tensor, "n d"],  # features of the set to judge
     labels_a: Int[Tensor, "n"],  # their classes
@@ -131,7 +131,7 @@ def class_mmd(
     distances = [mmd(a[labels_a == c], b[labels_b == c], scales) for c in shared]
     return sum(distances) / len(distances)
 
-# %% ../nbs/06_discriminator.ipynb #cell-21
+# %% ../nbs/06_discriminator.ipynb #cell-28
 def class_variance(
     a: Float[Tensor, "n d"],  # features of the set to judge
     labels_a: Int[Tensor, "n"],  # their classes
@@ -145,7 +145,7 @@ def class_variance(
     shared = _shared_classes(labels_a, labels_b)
     return float(100 * within(a, labels_a) / within(b, labels_b).clamp(min=1e-12))
 
-# %% ../nbs/06_discriminator.ipynb #cell-26
+# %% ../nbs/06_discriminator.ipynb #cell-33
 class FeatureBank:
     "Standardised teacher features of augmented condensed images, sorted by class."
 
@@ -171,7 +171,7 @@ class FeatureBank:
         offset = (torch.rand(len(targets), device=targets.device) * self.counts[targets]).long()
         return self.features[self.starts[targets] + offset]
 
-# %% ../nbs/06_discriminator.ipynb #cell-28
+# %% ../nbs/06_discriminator.ipynb #cell-36
 @torch.no_grad()
 def feature_bank(
     teacher: Classifier,  # frozen, on the fabric's device
@@ -193,7 +193,7 @@ def feature_bank(
         features = [teacher.features_logits(augment(images.batch(i)))[0].float() for i in index.split(batch_size)]
     return FeatureBank(torch.cat(features), labels[index], num_classes)
 
-# %% ../nbs/06_discriminator.ipynb #cell-31
+# %% ../nbs/06_discriminator.ipynb #cell-39
 class FeatureDiscriminator(nn.Module):
     "Real or fake, from standardised features: an MLP with projection conditioning (Miyato & Koyama 2018)."
 
@@ -227,7 +227,7 @@ class FeatureDiscriminator(nn.Module):
             logits = self.judge(hidden).squeeze(1)
             return logits if self.classes is None else logits + (self.classes(targets) * hidden).sum(1)
 
-# %% ../nbs/06_discriminator.ipynb #cell-33
+# %% ../nbs/06_discriminator.ipynb #cell-42
 class GANLoss(NamedTuple):
     "What the two sides minimise, as functions of the discriminator's logits."
 
@@ -243,7 +243,7 @@ GAN_LOSSES = {
     ),
 }
 
-# %% ../nbs/06_discriminator.ipynb #cell-36
+# %% ../nbs/06_discriminator.ipynb #cell-45
 def r1_penalty(
     logits: Float[Tensor, "n"],  # of real samples
     features: Float[Tensor, "n d"],  # the samples; must require a gradient
@@ -252,7 +252,7 @@ def r1_penalty(
     (gradient,) = torch.autograd.grad(logits.sum(), features, create_graph=True)
     return gradient.square().sum(1).mean() / 2
 
-# %% ../nbs/06_discriminator.ipynb #cell-39
+# %% ../nbs/06_discriminator.ipynb #cell-48
 @dataclass(frozen=True)
 class AlignmentSettings:
     "How an alignment works; `alignment_settings` gives the defaults."
@@ -279,7 +279,7 @@ class AlignmentSettings:
         if not 0 < self.lr < float("inf"):
             refuse("lr", self.lr, "it must be a number above 0")
 
-# %% ../nbs/06_discriminator.ipynb #cell-40
+# %% ../nbs/06_discriminator.ipynb #cell-50
 PENALTY = {"spectral": False, "r1": 5.0}  # the gradient penalty in the place of spectral normalisation
 ALIGNMENTS: dict[str, dict] = {  # name: what it changes in the default settings
     "conditional": {},
@@ -297,7 +297,7 @@ ALIGNMENTS: dict[str, dict] = {  # name: what it changes in the default settings
     "strong_r1": PENALTY | {"r1": 20.0},
 }
 
-# %% ../nbs/06_discriminator.ipynb #cell-41
+# %% ../nbs/06_discriminator.ipynb #cell-52
 def named_alignment(
     text: str,  # a name of ALIGNMENTS, or "name:weight"
     parameter: str = "alignment",  # what the user calls it
@@ -308,7 +308,7 @@ def named_alignment(
         refuse(parameter, text, f"it must be one of {', '.join(ALIGNMENTS)}, perhaps with a weight, as in mmd:0.5")
     return name, ALIGNMENTS[name] | ({"weight": float(weight)} if weight else {})
 
-# %% ../nbs/06_discriminator.ipynb #cell-42
+# %% ../nbs/06_discriminator.ipynb #cell-54
 def alignment_settings(
     name: str,  # as `named_alignment` takes it
     ipc: int,  # condensed images in the smallest class
@@ -331,7 +331,7 @@ def guidance(name: str, ipc: int) -> dict:
         return {"mmd": settings.weight, "views": settings.views}
     return asdict(settings)
 
-# %% ../nbs/06_discriminator.ipynb #cell-45
+# %% ../nbs/06_discriminator.ipynb #cell-57
 class Alignment:
     "What a generator is guided by besides the teacher: `loss` to minimise, `update` after each of its steps."
     series: tuple[str, ...] = ()  # the curves that `record` extends
@@ -368,7 +368,7 @@ class Alignment:
         self.history, self.count = copy.deepcopy(state["history"]), state["count"]
         self.sums = state["sums"].to(self.sums.device, copy=True)
 
-# %% ../nbs/06_discriminator.ipynb #cell-47
+# %% ../nbs/06_discriminator.ipynb #cell-59
 class AdversarialAlignment(Alignment):
     "Paper A's feature alignment: a discriminator of standardised teacher features, conditional or not."
     series = ("real", "fake")  # share of real and of fake samples that the discriminator calls right
@@ -420,7 +420,7 @@ class AdversarialAlignment(Alignment):
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.belief = state["belief"].to(self.belief.device, copy=True)
 
-# %% ../nbs/06_discriminator.ipynb #cell-49
+# %% ../nbs/06_discriminator.ipynb #cell-61
 def _row_mean(values: Float[Tensor, "n n"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, ""]:
     return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
@@ -437,7 +437,7 @@ def class_mmd_loss(
     within = _row_mean(kernel(fake, fake, scales), others) + _row_mean(kernel(real, real, scales), others)
     return within - 2 * _row_mean(kernel(fake, real, scales), same)
 
-# %% ../nbs/06_discriminator.ipynb #cell-50
+# %% ../nbs/06_discriminator.ipynb #cell-63
 class MMDAlignment(Alignment):
     "Class-conditional maximum mean discrepancy to the bank, in standardised features; it has nothing to learn."
     series = ("mmd",)  # mean of the unweighted loss
@@ -452,7 +452,7 @@ class MMDAlignment(Alignment):
         self._note(distance)
         return self.settings.weight * distance
 
-# %% ../nbs/06_discriminator.ipynb #cell-51
+# %% ../nbs/06_discriminator.ipynb #cell-64
 def make_alignment(
     name: str,  # of ALIGNMENTS, or "name:weight"
     teacher: Classifier,  # frozen, on the fabric's device

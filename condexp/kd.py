@@ -84,7 +84,7 @@ COMPARED = {
 }
 ARMS = COMPARED | {"given": Arm("given", False, False)}  # any set that somebody made, as Paper B compares them
 
-# %% ../nbs/07_kd.ipynb #cell-13
+# %% ../nbs/07_kd.ipynb #cell-14
 LABELS = ("soft", "hard")
 
 
@@ -130,7 +130,7 @@ class Distillation:
         usual = {name: getattr(Distillation, name) for name in ("labels", "augmentation", "mixup")}
         return {name: v for name, v in asdict(self).items() if name not in unread and v != usual.get(name)}
 
-# %% ../nbs/07_kd.ipynb #cell-16
+# %% ../nbs/07_kd.ipynb #cell-17
 def draw(images: ImageSet, n: int) -> Float[Tensor, "n c h w"]:
     "`n` images drawn with replacement, in [0, 1]."
     return images.batch(torch.randint(len(images), (n,), device=images.images.device))
@@ -149,7 +149,7 @@ def student_step(student, teacher, optimizer, x: Float[Tensor, "n c h w"], setti
     optimizer.step()
     return loss.detach()
 
-# %% ../nbs/07_kd.ipynb #cell-18
+# %% ../nbs/07_kd.ipynb #cell-21
 class Joint:
     "One arm in progress: a student, and the set it is distilled from, growing as it learns (Paper A, joint loop)."
 
@@ -184,7 +184,7 @@ class Joint:
         student = self.student.module
         return Inverter(recipe, seen, student, self.fabric, self.alignment, settings.synthesis_batch, settings.inversion_steps)
 
-# %% ../nbs/07_kd.ipynb #cell-20
+# %% ../nbs/07_kd.ipynb #cell-23
 def teacher_set(teacher: Classifier, fabric: Fabric) -> ImageSet:
     "An empty set of the shape, classes and normalisation that `teacher` was made for, on the device."
     spec = teacher.spec
@@ -198,7 +198,7 @@ def balanced_targets(n: int, classes: int, device: torch.device) -> Int[Tensor, 
     order = torch.randperm(classes, device=device)
     return order[torch.arange(n, device=device) % classes][torch.randperm(n, device=device)]
 
-# %% ../nbs/07_kd.ipynb #cell-22
+# %% ../nbs/07_kd.ipynb #cell-25
 @patch
 def _synthesise(self: Joint, adversarial: bool) -> tuple[Tensor, Tensor]:
     targets = balanced_targets(self.settings.synthesis_batch, self.like.num_classes, self.fabric.device)
@@ -213,7 +213,7 @@ def warm_up(self: Joint) -> None:
     for _ in progress(range(self.settings.warmup), "warming the generator up", leave=False):
         self._synthesise(adversarial=False)
 
-# %% ../nbs/07_kd.ipynb #cell-23
+# %% ../nbs/07_kd.ipynb #cell-27
 @patch
 def grow(self: Joint, epoch: int) -> dict:
     "Add this epoch's batches to the pool; returns the inversion's mean losses and the discriminator's accuracies."
@@ -227,7 +227,7 @@ def grow(self: Joint, epoch: int) -> dict:
         entry |= {f"d_{name}": values[-1] for name, values in self.alignment.history.items() if values}
     return entry
 
-# %% ../nbs/07_kd.ipynb #cell-25
+# %% ../nbs/07_kd.ipynb #cell-30
 @patch
 def batch(self: Joint, pool: ImageSet) -> Float[Tensor, "n c h w"]:
     "A batch to learn from, augmented: given images and pool in the arm's shares."
@@ -237,7 +237,7 @@ def batch(self: Joint, pool: ImageSet) -> Float[Tensor, "n c h w"]:
     x = self.augment(torch.cat(parts))
     return (mixup(x) if self.settings.mixup else x).contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/07_kd.ipynb #cell-26
+# %% ../nbs/07_kd.ipynb #cell-32
 @patch
 def learn(self: Joint) -> float:
     "This epoch's student steps; returns the mean loss."
@@ -248,7 +248,7 @@ def learn(self: Joint) -> float:
         self.scheduler.step()
     return float(total) / self.settings.steps
 
-# %% ../nbs/07_kd.ipynb #cell-28
+# %% ../nbs/07_kd.ipynb #cell-35
 @patch
 def state_dict(self: Joint) -> dict:
     "Tensors and plain values from which `load_state_dict` continues exactly."
@@ -257,7 +257,7 @@ def state_dict(self: Joint) -> dict:
     state = {name: part.state_dict() for name, part in parts.items()}
     return state | dict(images=self.pool.images, labels=self.pool.labels, history=self.history, rng=rng_state())
 
-# %% ../nbs/07_kd.ipynb #cell-29
+# %% ../nbs/07_kd.ipynb #cell-36
 @patch
 def load_state_dict(self: Joint, state: dict) -> None:
     "Continue from `state`."
@@ -269,7 +269,7 @@ def load_state_dict(self: Joint, state: dict) -> None:
     self.history = state["history"]
     set_rng_state(state["rng"])
 
-# %% ../nbs/07_kd.ipynb #cell-31
+# %% ../nbs/07_kd.ipynb #cell-39
 @patch
 def run(
     self: Joint,
@@ -295,7 +295,7 @@ def run(
         checkpoint.save(self.state_dict())
         bar.set_postfix_str(f"accuracy {entry['accuracy']:.1f} %")
 
-# %% ../nbs/07_kd.ipynb #cell-33
+# %% ../nbs/07_kd.ipynb #cell-41
 def pool_quality(
     pool: ImageSet,  # synthetic images with the classes asked for
     real: ImageSet,  # real images; a random part is used
@@ -316,7 +316,7 @@ def pool_quality(
         agreement=float(agreement),
     )
 
-# %% ../nbs/07_kd.ipynb #cell-35
+# %% ../nbs/07_kd.ipynb #cell-44
 @dataclass
 class ArmResult:
     "What became of one arm."
@@ -335,7 +335,7 @@ class ArmResult:
         "Everything but the tensors."
         return {k: v for k, v in vars(self).items() if k not in ("student", "pool")}
 
-# %% ../nbs/07_kd.ipynb #cell-36
+# %% ../nbs/07_kd.ipynb #cell-45
 def run_arm(
     name: str,  # a key of ARMS
     teacher: Classifier,
@@ -365,7 +365,7 @@ def run_arm(
     final = accuracy(joint.student.module, splits.test, fabric)
     return ArmResult(name, final, joint.history, distances, seconds, images, steps, joint.student.module, pool)
 
-# %% ../nbs/07_kd.ipynb #cell-38
+# %% ../nbs/07_kd.ipynb #cell-47
 def save_arm(path, result: ArmResult) -> None:
     "Write an arm's student beside `path`, its pool and numbers to `path`."
     save_classifier(student_path(path), result.student, {"arm": result.arm, "accuracy": result.accuracy})
@@ -377,7 +377,7 @@ def student_path(path):
     "Where the student of the arm saved at `path` lies."
     return path.with_name(path.stem + ".student.safetensors")
 
-# %% ../nbs/07_kd.ipynb #cell-39
+# %% ../nbs/07_kd.ipynb #cell-48
 def load_arm(path, fabric: Fabric) -> ArmResult:
     "Read what `save_arm` wrote."
     student, _ = load_classifier(student_path(path), fabric.device)
@@ -386,7 +386,7 @@ def load_arm(path, fabric: Fabric) -> ArmResult:
     numbers = {f.name: meta[f.name] for f in fields(ArmResult) if f.name in meta}
     return ArmResult(**numbers, student=student, pool=pool)
 
-# %% ../nbs/07_kd.ipynb #cell-40
+# %% ../nbs/07_kd.ipynb #cell-49
 def distil(
     name: str,  # a key of ARMS
     teacher: Classifier,

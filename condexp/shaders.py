@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Value', 'TYPES', 'Program', 'OPS', 'HELPERS', 'PLACES', 'PATTERNS', 'SHAPES', 'FRAMES', 'FRAGMENT', 'VERTEX',
-           'BACKENDS', 'UNIFORMS', 'TOY', 'GEEKEST', 'Op', 'Statement', 'smooth', 'fract', 'rotated', 'radius',
-           'folded', 'swirled', 'logpolar', 'mixed', 'cosine_palette', 'mixed_bits', 'at_random', 'noise', 'clouds',
-           'cells', 'orbit', 'warped', 'polygon', 'star', 'box', 'to_glsl', 'places', 'evaluate', 'Writer',
+           'BACKENDS', 'UNIFORMS', 'TOY', 'GEEKEST', 'Op', 'Statement', 'places', 'smooth', 'fract', 'rotated',
+           'radius', 'folded', 'swirled', 'logpolar', 'mixed', 'cosine_palette', 'mixed_bits', 'at_random', 'noise',
+           'clouds', 'cells', 'orbit', 'warped', 'polygon', 'star', 'box', 'to_glsl', 'evaluate', 'Writer',
            'write_place', 'write_pattern', 'write_finish', 'write_mask', 'write_colour', 'write_paint', 'write_fill',
            'write_program', 'gl_context', 'gl_program', 'draw', 'render', 'worth_keeping', 'Source', 'bracketed',
            'completed', 'read_programs', 'paint_source', 'failures']
@@ -55,6 +55,13 @@ Program = tuple[Statement, ...]  # values 0 and 1 are the place and the time; th
 OPS: dict[str, Op] = {}
 
 # %% ../nbs/08_shaders.ipynb #cell-08
+def places(size: int) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
+    "The middle of every pixel in [-1, 1], row by row from the top."
+    along = (torch.arange(size) + 0.5) / size * 2 - 1
+    y, x = torch.meshgrid(along, along, indexing="ij")
+    return x, y
+
+# %% ../nbs/08_shaders.ipynb #cell-10
 def smooth(low, high, x) -> Tensor:
     "GLSL's `smoothstep`."
     x = ((x - low) / (high - low)).clamp(0, 1)
@@ -76,7 +83,7 @@ def radius(p) -> Tensor:
     "Distance from the origin."
     return (p[0] ** 2 + p[1] ** 2 + 1e-12).sqrt()
 
-# %% ../nbs/08_shaders.ipynb #cell-09
+# %% ../nbs/08_shaders.ipynb #cell-12
 OPS |= {
     "add": Op("f", "ff", "{0} + {1}", lambda a, b: a + b),
     "mul": Op("f", "ff", "{0} * {1}", lambda a, b: a * b),
@@ -90,7 +97,7 @@ OPS |= {
     "angle": Op("f", "v", "atan({0}.y, {0}.x) / 6.2831853", lambda p: torch.atan2(p[1], p[0]) / math.tau),
 }
 
-# %% ../nbs/08_shaders.ipynb #cell-10
+# %% ../nbs/08_shaders.ipynb #cell-14
 def folded(p, n) -> tuple[Tensor, Tensor]:
     "A kaleidoscope of `n` mirrors."
     sector = math.tau / n
@@ -108,7 +115,7 @@ def logpolar(p) -> tuple[Tensor, Tensor]:
     "Rings become stripes, and spokes too."
     return (radius(p) + 0.05).log(), torch.atan2(p[1], p[0])
 
-# %% ../nbs/08_shaders.ipynb #cell-11
+# %% ../nbs/08_shaders.ipynb #cell-15
 OPS |= {
     "scale": Op("v", "vf", "{0} * {1}", lambda p, k: (p[0] * k, p[1] * k)),
     "shift": Op("v", "vff", "{0} + vec2({1}, {2})", lambda p, x, y: (p[0] + x, p[1] + y)),
@@ -121,7 +128,7 @@ OPS |= {
     "polar": Op("v", "v", "vec2(log(length({0}) + 0.05), atan({0}.y, {0}.x))", logpolar),
 }
 
-# %% ../nbs/08_shaders.ipynb #cell-12
+# %% ../nbs/08_shaders.ipynb #cell-17
 def mixed(a, b, m) -> tuple[Tensor, ...]:
     "A colour between two."
     return tuple(x + (y - x) * m for x, y in zip(a, b, strict=True))
@@ -139,7 +146,7 @@ OPS |= {
     "palette": Op("c", "ffffff", "0.5 + {1} * cos(6.2831853 * ({5} * {0} + vec3({2}, {3}, {4})))", cosine_palette),
 }
 
-# %% ../nbs/08_shaders.ipynb #cell-14
+# %% ../nbs/08_shaders.ipynb #cell-20
 def mixed_bits(x: Tensor) -> Tensor:
     "A 32-bit integer hash (two rounds of xor-shift and multiply), of int64 tensors that hold 32 bits."
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
@@ -154,7 +161,7 @@ def at_random(x: Tensor, y: Tensor, seed: float) -> Tensor:
     inner = mixed_bits((y + int(mixed_bits(torch.tensor(int(seed))))) & 0xFFFFFFFF)
     return (mixed_bits((x + inner) & 0xFFFFFFFF) >> 8).float() / 2**24
 
-# %% ../nbs/08_shaders.ipynb #cell-15
+# %% ../nbs/08_shaders.ipynb #cell-22
 def noise(p, seed) -> Tensor:
     "Value noise: random numbers at whole places, smoothly between them."
     (x, y), (i, j) = p, (p[0].floor(), p[1].floor())
@@ -163,7 +170,7 @@ def noise(p, seed) -> Tensor:
     low, high = (a + (b - a) * u for a, b in (corners[:2], corners[2:]))
     return low + (high - low) * v
 
-# %% ../nbs/08_shaders.ipynb #cell-16
+# %% ../nbs/08_shaders.ipynb #cell-23
 def clouds(p, seed) -> Tensor:
     "Four octaves of noise, each turned and twice as fine."
     total, weight = 0.0, 0.5
@@ -172,7 +179,7 @@ def clouds(p, seed) -> Tensor:
         p, weight = (1.6 * p[0] - 1.2 * p[1] + 3.7, 1.2 * p[0] + 1.6 * p[1] + 3.7), weight / 2
     return total / 0.9375
 
-# %% ../nbs/08_shaders.ipynb #cell-17
+# %% ../nbs/08_shaders.ipynb #cell-24
 def cells(p, seed) -> tuple[Tensor, Tensor]:
     "Voronoi cells of random points: the distance to the nearest, and its own random number."
     i, j = p[0].floor(), p[1].floor()
@@ -185,7 +192,7 @@ def cells(p, seed) -> tuple[Tensor, Tensor]:
             best = torch.minimum(d, best)
     return best, own
 
-# %% ../nbs/08_shaders.ipynb #cell-18
+# %% ../nbs/08_shaders.ipynb #cell-25
 def orbit(p, x, y) -> Tensor:
     "How near the orbit of a Julia set comes to the origin in twelve rounds."
     a, b = p
@@ -195,7 +202,7 @@ def orbit(p, x, y) -> Tensor:
         nearest = torch.minimum(nearest, radius((a, b)))
     return nearest
 
-# %% ../nbs/08_shaders.ipynb #cell-19
+# %% ../nbs/08_shaders.ipynb #cell-27
 def warped(p, amount, seed) -> tuple[Tensor, Tensor]:
     "A place moved by two noises."
     return p[0] + amount * (noise(p, seed) - 0.5), p[1] + amount * (noise(p, seed + 1) - 0.5)
@@ -217,7 +224,7 @@ def box(p, aspect) -> Tensor:
     "Distance-like: 1 on the edge of a rectangle."
     return torch.maximum(p[0].abs() * aspect, p[1].abs() / aspect)
 
-# %% ../nbs/08_shaders.ipynb #cell-20
+# %% ../nbs/08_shaders.ipynb #cell-28
 OPS |= {
     "noise": Op("f", "vf", "noise({0}, {1})", noise),
     "clouds": Op("f", "vf", "clouds({0}, {1})", clouds),
@@ -230,7 +237,7 @@ OPS |= {
     "box": Op("f", "vf", "max(abs({0}.x) * {1}, abs({0}.y) / {1})", box),
 }
 
-# %% ../nbs/08_shaders.ipynb #cell-22
+# %% ../nbs/08_shaders.ipynb #cell-31
 HELPERS = """
 vec2 rotated(vec2 p, float a) { return vec2(p.x * cos(a) - p.y * sin(a), p.x * sin(a) + p.y * cos(a)); }
 vec2 folded(vec2 p, float n) {
@@ -263,7 +270,7 @@ float clouds(vec2 p, float s) {
 }
 """
 
-# %% ../nbs/08_shaders.ipynb #cell-23
+# %% ../nbs/08_shaders.ipynb #cell-32
 HELPERS += """
 vec2 cells(vec2 p, float s) {
     vec2 best = vec2(9.0, 0.0);
@@ -289,7 +296,7 @@ float polygon(vec2 p, float n) {
 }
 """
 
-# %% ../nbs/08_shaders.ipynb #cell-25
+# %% ../nbs/08_shaders.ipynb #cell-34
 def to_glsl(program: Program) -> str:
     "The program as the body of a function that returns its last value."
     lines = []
@@ -298,14 +305,7 @@ def to_glsl(program: Program) -> str:
         lines.append(f"    {TYPES[OPS[s.op].result]} v{i} = {OPS[s.op].glsl.format(*names)};")
     return "\n".join([*lines, f"    return v{len(program) + 1};"])
 
-
-def places(size: int) -> tuple[Float[Tensor, "h w"], Float[Tensor, "h w"]]:
-    "The middle of every pixel in [-1, 1], row by row from the top."
-    along = (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = torch.meshgrid(along, along, indexing="ij")
-    return x, y
-
-# %% ../nbs/08_shaders.ipynb #cell-26
+# %% ../nbs/08_shaders.ipynb #cell-35
 def evaluate(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by torch."
     x, y = places(size)
@@ -316,7 +316,7 @@ def evaluate(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Te
     colour = [torch.as_tensor(c).expand(len(times), size, size) for c in values[-1]]
     return (torch.stack(colour, 1).nan_to_num(0).clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/08_shaders.ipynb #cell-28
+# %% ../nbs/08_shaders.ipynb #cell-39
 class Writer:
     "Writes a program, a statement a call; every choice comes from `seed`."
 
@@ -355,7 +355,7 @@ class Writer:
         start = self.number(low, high)
         return self("add", self("mul", 1, self.number(-0.5, 0.5)), start) if self.chance(0.5) else start
 
-# %% ../nbs/08_shaders.ipynb #cell-29
+# %% ../nbs/08_shaders.ipynb #cell-41
 PLACES = dict(scale=3, rotate=2, shift=2, stretch=1, fold=1, mirror=0.5, tile=0.7, swirl=1, polar=0.5, warp=2)
 PATTERNS = dict(stripes=2, rings=1.5, spokes=1, clouds=2, noise=1, cell=1.5, mosaic=1.5, orbit=1.5, checks=1, slope=1)
 SHAPES = dict(disc=1, polygon=1.5, star=1.5, box=1.5, ring=1)
@@ -374,7 +374,7 @@ def write_place(w: Writer, p: int, steps: int) -> int:
         p = w(kind, w("scale", p, w.ratio(1, 3)) if kind in ("tile", "warp") else p, *args)
     return p
 
-# %% ../nbs/08_shaders.ipynb #cell-30
+# %% ../nbs/08_shaders.ipynb #cell-42
 def write_pattern(w: Writer, p: int) -> int:
     "A number at each place, mostly between 0 and 1."
     kind = w.choose(PATTERNS)
@@ -395,7 +395,7 @@ def write_pattern(w: Writer, p: int) -> int:
         x = w(kind, w("scale", w("shift", p, w.moving(-5, 5), 0.0), w.ratio(0.8, 6)), w.whole(0, 999))
     return write_finish(w, x)
 
-# %% ../nbs/08_shaders.ipynb #cell-31
+# %% ../nbs/08_shaders.ipynb #cell-43
 def write_finish(w: Writer, x: int) -> int:
     "A pattern as it is, with a hard edge, or in contours."
     finish = w.choose(dict(plain=2, edge=1, contours=1, texture=0.5))
@@ -408,7 +408,7 @@ def write_finish(w: Writer, x: int) -> int:
         return w("add", w("mul", x, 0.6), w("mul", grain, 0.4))
     return x
 
-# %% ../nbs/08_shaders.ipynb #cell-32
+# %% ../nbs/08_shaders.ipynb #cell-46
 def write_mask(w: Writer) -> int:
     "1 where a layer shows, 0 where it does not."
     if w.chance(0.25):
@@ -432,7 +432,7 @@ def write_mask(w: Writer) -> int:
     outside = w("edge", x, 1.0, w.ratio(0.01, 0.3))
     return w("add", w("mul", outside, -1.0), 1.0)
 
-# %% ../nbs/08_shaders.ipynb #cell-33
+# %% ../nbs/08_shaders.ipynb #cell-48
 def write_colour(w: Writer, style: str) -> int:
     "A plain colour in the scene's style."
     light = w.number(0, 1) if style != "dark" else w.number(0, 0.35)
@@ -449,14 +449,14 @@ def write_paint(w: Writer, x: int, style: str) -> int:
         colour = w("mix", colour, write_colour(w, style), write_finish(w, x))
     return colour
 
-# %% ../nbs/08_shaders.ipynb #cell-34
+# %% ../nbs/08_shaders.ipynb #cell-49
 def write_fill(w: Writer, style: str) -> int:
     "What a layer shows: one colour, or a painted pattern."
     if w.chance(0.25):
         return write_colour(w, style)
     return write_paint(w, write_pattern(w, write_place(w, w.view, int(w.whole(0, 3)))), style)
 
-# %% ../nbs/08_shaders.ipynb #cell-35
+# %% ../nbs/08_shaders.ipynb #cell-51
 def write_program(seed: int) -> Program:
     "A scene: a background, layers upon it, and perhaps a light."
     w = Writer(seed)
@@ -469,7 +469,7 @@ def write_program(seed: int) -> Program:
         colour = w("shade", colour, light)
     return tuple(w.program)
 
-# %% ../nbs/08_shaders.ipynb #cell-39
+# %% ../nbs/08_shaders.ipynb #cell-55
 FRAMES = 256  # most frames in one draw
 FRAGMENT = """#version 330
 uniform float times[{frames}];
@@ -487,7 +487,7 @@ void main() {{
 """
 VERTEX = "#version 330\nvoid main() { gl_Position = vec4(gl_VertexID % 2 * 4 - 1, gl_VertexID / 2 * 4 - 1, 0, 1); }"
 
-# %% ../nbs/08_shaders.ipynb #cell-40
+# %% ../nbs/08_shaders.ipynb #cell-56
 @functools.cache
 def gl_context():
     "The off-screen OpenGL context of this process. Where there is none, a `RuntimeError` says what to install."
@@ -500,7 +500,7 @@ def gl_context():
     remedy = "install Debian's libegl1 and libgl1, or your GPU's driver, or use backend=torch"
     raise RuntimeError(f"OpenGL is not available ({problem}): {remedy}")
 
-# %% ../nbs/08_shaders.ipynb #cell-41
+# %% ../nbs/08_shaders.ipynb #cell-58
 @functools.lru_cache(maxsize=2000)
 def gl_program(source: str):
     "A compiled fragment shader, ready to be drawn."
@@ -508,7 +508,7 @@ def gl_program(source: str):
     program = context.program(vertex_shader=VERTEX, fragment_shader=source)
     return program, context.vertex_array(program, [])
 
-# %% ../nbs/08_shaders.ipynb #cell-42
+# %% ../nbs/08_shaders.ipynb #cell-59
 def draw(source: str, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each of at most `FRAMES` times, by OpenGL."
     program, triangle = gl_program(source)
@@ -521,7 +521,7 @@ def draw(source: str, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 
     canvas.release()
     return torch.from_numpy(pixels.reshape(-1, size, size, 3).copy()).permute(0, 3, 1, 2).contiguous()
 
-# %% ../nbs/08_shaders.ipynb #cell-43
+# %% ../nbs/08_shaders.ipynb #cell-61
 def render(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by OpenGL: what `evaluate` gives, up to rounding."
     source = FRAGMENT.format(frames=FRAMES, helpers=HELPERS, body=to_glsl(program), size=size)
@@ -530,7 +530,7 @@ def render(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tens
 
 BACKENDS = {"opengl": render, "torch": evaluate}
 
-# %% ../nbs/08_shaders.ipynb #cell-47
+# %% ../nbs/08_shaders.ipynb #cell-65
 def worth_keeping(frames: UInt8[Tensor, "n 3 h w"]) -> Tensor:  # n truth values
     "Whether a frame is more than one colour, and more than noise."
     grey = frames.float().mean(1) / 255
@@ -543,7 +543,7 @@ def worth_keeping(frames: UInt8[Tensor, "n 3 h w"]) -> Tensor:  # n truth values
     commonest = torch.bincount((codes + place).flatten(), minlength=4096 * len(frames)).view(-1, 4096).max(1).values
     return (power.sqrt() > 0.02) & (neighbours / (2 * power + 1e-9) > 0.2) & (commonest < 0.95 * codes.shape[1])
 
-# %% ../nbs/08_shaders.ipynb #cell-50
+# %% ../nbs/08_shaders.ipynb #cell-68
 UNIFORMS = "uniform vec2 r; uniform vec2 m; uniform float t; uniform float f; uniform float s;\n"
 TOY = """uniform vec3 iResolution; uniform float iTime; uniform float iTimeDelta; uniform float iFrameRate; uniform int iFrame;
 uniform vec4 iMouse; uniform vec4 iDate; uniform float iSampleRate;
@@ -583,7 +583,7 @@ mat3 rotate3D(float a, vec3 axis) {
 }
 """
 
-# %% ../nbs/08_shaders.ipynb #cell-51
+# %% ../nbs/08_shaders.ipynb #cell-69
 @dataclass(frozen=True)
 class Source:
     "A program that somebody wrote, with what its dialect leaves out."
@@ -608,7 +608,7 @@ def bracketed(code: str) -> str:
         code = f"{code[:match.start()]}?{branches[0]}:{branches[1]}{code[stop:]}"
     return code
 
-# %% ../nbs/08_shaders.ipynb #cell-52
+# %% ../nbs/08_shaders.ipynb #cell-71
 def completed(code: str, dialect: str = "classic", es3: bool = False, targets: bool = False, brackets: bool = False) -> str:
     "A fragment shader for OpenGL 3.3 from a source in one of the dialects; its own lines keep their numbers."
     code = re.sub(r"(?m)^\s*(#version|#extension|precision\b).*?(;|$)", "", code)
@@ -627,7 +627,7 @@ def completed(code: str, dialect: str = "classic", es3: bool = False, targets: b
         code = f"void main() {{ {start}\n#line 1\n{code}\n}}"
     return f"{head}#line 1\n{code}\n"
 
-# %% ../nbs/08_shaders.ipynb #cell-53
+# %% ../nbs/08_shaders.ipynb #cell-73
 def _twigl(path: Path) -> str:
     mode = path.parent.parent / "modes" / path.name
     if not mode.is_file():
@@ -643,7 +643,7 @@ def _shadertoy(path: Path) -> str | None:
     passes = {kind: p["code"] for p in shader["renderpass"] for kind in [p.get("type", "image")]}
     return completed(passes.get("common", "") + "\n" + passes.get("image", ""), "toy")
 
-# %% ../nbs/08_shaders.ipynb #cell-54
+# %% ../nbs/08_shaders.ipynb #cell-74
 def read_programs(folder: Path) -> list[Source]:
     "The programs below a folder, by name. `ValueError` if there are none."
     readers = {".fragment": _twigl, ".json": _shadertoy, ".glsl": _twigl, ".frag": _twigl}
@@ -655,7 +655,7 @@ def read_programs(folder: Path) -> list[Source]:
         refuse("shader_folder", str(folder), "it must hold .fragment, .frag, .glsl or Shadertoy's .json files")
     return found
 
-# %% ../nbs/08_shaders.ipynb #cell-56
+# %% ../nbs/08_shaders.ipynb #cell-76
 def paint_source(source: Source, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by OpenGL. An error names file and line."
     try:
@@ -682,7 +682,7 @@ def _inform(program, time: float, frame: int, size: int) -> None:
         if name in known and hasattr(program[name], "value"):
             program[name].value = known[name]
 
-# %% ../nbs/08_shaders.ipynb #cell-58
+# %% ../nbs/08_shaders.ipynb #cell-78
 def _try_programs(sources: list[tuple[str, str]], size: int, pipe) -> None:
     pipe.send("ready")
     for source in sources:
