@@ -75,7 +75,7 @@ class Random(Condenser):
 
 CONDENSERS["random"] = Random()
 
-# %% ../nbs/04_condensation.ipynb #cell-10
+# %% ../nbs/04_condensation.ipynb #cell-11
 def random_network(name: str, images: ImageSet, fabric: Fabric) -> nn.Module:
     "A frozen network for sets like `images`, its weights drawn from torch's global random state."
     return freeze(make_classifier(name, images)).to(fabric.device)
@@ -86,7 +86,7 @@ def embed(network: nn.Module, x: Float[Tensor, "n c h w"], fabric: Fabric) -> Fl
     with fabric.autocast():
         return network.features_logits(x)[0].float()
 
-# %% ../nbs/04_condensation.ipynb #cell-13
+# %% ../nbs/04_condensation.ipynb #cell-14
 def herd(
     features: Float[Tensor, "n d"],  # embeddings of one class
     count: int,  # images to choose, at most n
@@ -102,7 +102,7 @@ def herd(
         chosen.append(best)
     return torch.stack(chosen)
 
-# %% ../nbs/04_condensation.ipynb #cell-16
+# %% ../nbs/04_condensation.ipynb #cell-17
 @dataclass(frozen=True)
 class Herding(Condenser):
     "Real images that stay closest to the class mean, in embeddings of random ConvNets."
@@ -121,10 +121,10 @@ class Herding(Condenser):
             chosen.append(index[herd(torch.cat(parts), task.ipc)])
         return train.subset(torch.cat(chosen)), []
 
-# %% ../nbs/04_condensation.ipynb #cell-17
+
 CONDENSERS["herding"] = Herding()
 
-# %% ../nbs/04_condensation.ipynb #cell-19
+# %% ../nbs/04_condensation.ipynb #cell-20
 def class_means(
     features: Float[Tensor, "kn d"],  # k classes, one after the other, n images each
     classes: int,  # k
@@ -137,7 +137,7 @@ def dm_loss(real: Float[Tensor, "k d"], synthetic: Float[Tensor, "k d"]) -> Floa
     "Squared distance of class means, summed over classes (Zhao & Bilen 2023, eq. 6, one draw of network and augmentation)."
     return (real - synthetic).square().sum()
 
-# %% ../nbs/04_condensation.ipynb #cell-20
+# %% ../nbs/04_condensation.ipynb #cell-22
 def class_table(labels: Int[Tensor, "n"], classes: int) -> Int[Tensor, "k most"]:
     "The indices of each class as one row; shorter classes repeat theirs."
     rows = [(labels == c).nonzero().flatten() for c in range(classes)]
@@ -151,12 +151,12 @@ def draw_columns(table: Int[Tensor, "k most"], count: int) -> Int[Tensor, "k cou
     "Random members of each class, with replacement."
     return table.gather(1, torch.randint(table.shape[1], (len(table), count), device=table.device))
 
-# %% ../nbs/04_condensation.ipynb #cell-23
+# %% ../nbs/04_condensation.ipynb #cell-25
 def each(draw: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     "A draw for every class, made one for every image, `count` images a class."
     return {name: value.repeat_interleave(count, 0) for name, value in draw.items()}
 
-# %% ../nbs/04_condensation.ipynb #cell-25
+# %% ../nbs/04_condensation.ipynb #cell-27
 def embedded_means(
     network: nn.Module,
     augment: Augment,
@@ -168,7 +168,7 @@ def embedded_means(
     classes = len(next(iter(draw.values())))
     return class_means(embed(network, augment.apply(x, each(draw, len(x) // classes)), fabric), classes)
 
-# %% ../nbs/04_condensation.ipynb #cell-28
+# %% ../nbs/04_condensation.ipynb #cell-30
 class Pixels:
     "Synthetic images under optimisation: class by class, normalised inside, in [0, 1] outside."
 
@@ -212,7 +212,7 @@ class Pixels:
         self.z.copy_(state["z"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-# %% ../nbs/04_condensation.ipynb #cell-29
+# %% ../nbs/04_condensation.ipynb #cell-31
 def first_images(task: Task) -> ImageSet:
     "Random real images to begin from; drawn with replacement where a class has fewer than `task.ipc`."
     train, ipc = task.train, task.ipc
@@ -220,10 +220,10 @@ def first_images(task: Task) -> ImageSet:
         return random_per_class(train, ipc, task.seed)
     return train.subset(draw_columns(class_table(train.hard_labels, train.num_classes), ipc).flatten())
 
-# %% ../nbs/04_condensation.ipynb #cell-31
+# %% ../nbs/04_condensation.ipynb #cell-34
 EVERY = 10  # iterations between two readings of the loss, and two checkpoints
 
-# %% ../nbs/04_condensation.ipynb #cell-32
+
 def optimise(
     task: Task,
     pixels: Pixels,
@@ -242,7 +242,7 @@ def optimise(
             task.checkpoint.save({"pixels": pixels.state_dict(), "history": history, "rng": rng_state()})
     return history
 
-# %% ../nbs/04_condensation.ipynb #cell-33
+# %% ../nbs/04_condensation.ipynb #cell-35
 def resume(task: Task, pixels: Pixels) -> list[dict]:
     "Put everything back as the last checkpoint has it; its history."
     if (state := task.checkpoint.load()) is None:
@@ -251,7 +251,7 @@ def resume(task: Task, pixels: Pixels) -> list[dict]:
     set_rng_state(state["rng"])
     return state["history"]
 
-# %% ../nbs/04_condensation.ipynb #cell-35
+# %% ../nbs/04_condensation.ipynb #cell-37
 @dataclass(frozen=True)
 class DM(Condenser):
     "Distribution matching (Zhao & Bilen 2023): images with the class means of real ones in random embeddings."
@@ -286,10 +286,10 @@ class DM(Condenser):
             total += loss.detach()
         return total
 
-# %% ../nbs/04_condensation.ipynb #cell-36
+
 CONDENSERS["dm"] = DM()
 
-# %% ../nbs/04_condensation.ipynb #cell-42
+# %% ../nbs/04_condensation.ipynb #cell-43
 def gradient_distance(
     real: Sequence[Tensor],  # the gradient of each parameter
     synthetic: Sequence[Tensor],  # likewise
@@ -298,14 +298,14 @@ def gradient_distance(
     pairs = [(r.flatten(1), s.flatten(1)) for r, s in zip(real, synthetic, strict=True) if r.ndim > 1]
     return sum((1 - F.cosine_similarity(r, s, dim=1, eps=1e-6)).sum() for r, s in pairs)
 
-# %% ../nbs/04_condensation.ipynb #cell-44
+# %% ../nbs/04_condensation.ipynb #cell-45
 def gradients(
     network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"], keep: bool = False
 ) -> tuple[Tensor, ...]:
     "The gradient of the cross-entropy for each parameter of `network`; with `keep`, differentiable once more."
     return torch.autograd.grad(F.cross_entropy(network(x), y), tuple(network.parameters()), create_graph=keep)
 
-# %% ../nbs/04_condensation.ipynb #cell-45
+# %% ../nbs/04_condensation.ipynb #cell-46
 def descend(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"], lr: float) -> None:
     "One step of plain gradient descent."
     grads = gradients(network, x, y)
@@ -313,7 +313,7 @@ def descend(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"]
         for p, g in zip(network.parameters(), grads, strict=True):
             p -= lr * g
 
-# %% ../nbs/04_condensation.ipynb #cell-47
+# %% ../nbs/04_condensation.ipynb #cell-49
 @dataclass(frozen=True)
 class DSA(Condenser):
     "Gradient matching with differentiable siamese augmentation (Zhao & Bilen 2021)."
@@ -332,10 +332,10 @@ class DSA(Condenser):
         history = optimise(task, pixels, Matching(task, pixels, self).backward, "DSA")
         return pixels.as_set(task.train), history
 
-# %% ../nbs/04_condensation.ipynb #cell-48
+
 CONDENSERS["dsa"] = DSA()
 
-# %% ../nbs/04_condensation.ipynb #cell-49
+# %% ../nbs/04_condensation.ipynb #cell-50
 class Matching:
     "DSA at work: the network of the moment, and what it is shown."
 
@@ -371,7 +371,7 @@ class Matching:
         for _ in range(self.settings.training):
             descend(self.network, self.augment(images), self.pixels.labels, self.settings.lr_network)
 
-# %% ../nbs/04_condensation.ipynb #cell-52
+# %% ../nbs/04_condensation.ipynb #cell-53
 class Whitening(nn.Module):
     "ZCA: images to decorrelated images of the same shape, and back (`undo`)."
 
@@ -395,7 +395,7 @@ class Whitening(nn.Module):
         "The images whose decorrelated form is `z`."
         return (z.flatten(1) @ self.inverse + self.centre).view_as(z)
 
-# %% ../nbs/04_condensation.ipynb #cell-55
+# %% ../nbs/04_condensation.ipynb #cell-56
 class WhitePixels(Pixels):
     "Synthetic images under optimisation in whitened coordinates, with the step size of the student that learns from them."
 
@@ -425,7 +425,7 @@ class WhitePixels(Pixels):
         super().load_state_dict(state)
         self.log_step.copy_(state["log_step"])
 
-# %% ../nbs/04_condensation.ipynb #cell-57
+# %% ../nbs/04_condensation.ipynb #cell-58
 @dataclass(frozen=True)
 class MTT(Condenser):
     "Trajectory matching (Cazenavette et al. 2022) with a learned step size, in whitened pixels."
@@ -451,7 +451,7 @@ class MTT(Condenser):
         history = optimise(task, pixels, Chase(task, pixels, self).backward, "MTT")
         return pixels.as_set(task.train), history
 
-# %% ../nbs/04_condensation.ipynb #cell-58
+
 CONDENSERS["mtt"] = MTT()
 
 # %% ../nbs/04_condensation.ipynb #cell-59
@@ -460,7 +460,7 @@ def white_network(settings: MTT, train: ImageSet, whitening: Whitening, fabric: 
     plain = replace(train, mean=(0.0,) * train.channels, std=(1.0,) * train.channels)
     return nn.Sequential(whitening, make_classifier(settings.network, plain)).to(fabric.device)
 
-# %% ../nbs/04_condensation.ipynb #cell-60
+# %% ../nbs/04_condensation.ipynb #cell-61
 def train_expert(
     network: nn.Module, train: ImageSet, settings: MTT, bar
 ) -> Float[Tensor, "t p"]:  # the weights before the training, and after each stretch
@@ -474,7 +474,7 @@ def train_expert(
         written.append(parameters_to_vector(network.parameters()).detach().clone())
     return torch.stack(written)
 
-# %% ../nbs/04_condensation.ipynb #cell-61
+# %% ../nbs/04_condensation.ipynb #cell-63
 def expert_trajectories(task: Task, settings: MTT, whitening: Whitening) -> Float[Tensor, "e t p"]:
     "What the experts wrote down, from the cache if it is there; begun ones are continued."
     read = ("network", "epsilon", "experts", "stretches", "stretch", "lr_expert", "batch_size")
@@ -494,7 +494,7 @@ def expert_trajectories(task: Task, settings: MTT, whitening: Whitening) -> Floa
     save = lambda path, experts: save_tensors(path, {"experts": experts}, config)
     return cached("experts", config, compute, save, lambda path: load_tensors(path)[0]["experts"])
 
-# %% ../nbs/04_condensation.ipynb #cell-62
+# %% ../nbs/04_condensation.ipynb #cell-64
 class Chase:
     "MTT at work: students that follow the experts on synthetic images."
 
@@ -529,11 +529,11 @@ class Chase:
         loss.backward(inputs=[self.pixels.z, self.pixels.log_step])
         return loss.detach()
 
-# %% ../nbs/04_condensation.ipynb #cell-65
+# %% ../nbs/04_condensation.ipynb #cell-67
 EVALUATION = Schedule(epochs=1, steps=300, batch_size=256, lr=0.01)
 EVALUATION_NETWORK = "convnet3_w64"
 
-# %% ../nbs/04_condensation.ipynb #cell-66
+# %% ../nbs/04_condensation.ipynb #cell-68
 def train_from_scratch(
     condensed: ImageSet,
     test: ImageSet,
@@ -554,7 +554,7 @@ def train_from_scratch(
         scores.append(accuracy(model, test, fabric))
     return scores
 
-# %% ../nbs/04_condensation.ipynb #cell-68
+# %% ../nbs/04_condensation.ipynb #cell-71
 def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Condenser:
     "The condenser called `name`; refuses unknown ones, impossible `ipc` and negative `iterations`."
     condenser = CONDENSERS[one_of("condenser", name, CONDENSERS)]
@@ -571,7 +571,7 @@ def default_iterations(condenser: Condenser, train: ImageSet, ipc: int) -> int:
     "What `iterations=0` means: what suits method and set, and twice that from 50 images per class on."
     return condenser.iterations[len(train) > 5000] * (2 if ipc >= 50 else 1)
 
-# %% ../nbs/04_condensation.ipynb #cell-70
+# %% ../nbs/04_condensation.ipynb #cell-73
 def condense(
     name: str,  # of CONDENSERS
     train: ImageSet,
@@ -598,14 +598,14 @@ def condense(
 
     return on_device(cached("condensed", config, compute, lambda path, made: made.save(path), ImageSet.load), fabric)
 
-# %% ../nbs/04_condensation.ipynb #cell-71
+# %% ../nbs/04_condensation.ipynb #cell-74
 def provenance(name: str, settings: dict, seed: int, train: ImageSet) -> dict:
     "Where a condensed set comes from, and how it is to be judged."
     evaluation = {"network": EVALUATION_NETWORK, "augmentation": "siamese", **asdict(EVALUATION)}
     source = {"fingerprint": train.fingerprint, "images": len(train), **train.provenance}
     return {"method": name, "config": settings, "seed": seed, "evaluation": evaluation, "source": source}
 
-# %% ../nbs/04_condensation.ipynb #cell-73
+# %% ../nbs/04_condensation.ipynb #cell-76
 PUBLISHED_STATISTICS = (  # mean, std: what the DC, DSA, DM and MTT code normalises with
     ((0.1307,), (0.3081,)),  # MNIST
     ((0.2861,), (0.3530,)),  # Fashion-MNIST
@@ -624,12 +624,12 @@ def published_statistics(train: ImageSet) -> tuple[Float[Tensor, "c 1 1"], Float
     near = [s for s in PUBLISHED_STATISTICS if len(s[0]) == train.channels and distance(s) < 0.02]
     return tuple(torch.tensor(values).view(-1, 1, 1) for values in min(near, key=distance, default=own))
 
-# %% ../nbs/04_condensation.ipynb #cell-74
+# %% ../nbs/04_condensation.ipynb #cell-78
 def in_range(images: Tensor) -> bool:
     "Whether nine of ten values lie in [0, 1], or a tenth beside it."
     return float(((images > -0.1) & (images < 1.1)).float().mean()) > 0.9
 
-# %% ../nbs/04_condensation.ipynb #cell-75
+# %% ../nbs/04_condensation.ipynb #cell-79
 def denormalise(
     images: Float[Tensor, "n c h w"],  # as a published file holds them
     train: ImageSet,
@@ -648,12 +648,12 @@ def denormalise(
         images = images * std + mean
     return images.clamp(0, 1), normalisation
 
-# %% ../nbs/04_condensation.ipynb #cell-76
+# %% ../nbs/04_condensation.ipynb #cell-81
 _scalar = np.float64(0).__reduce__()[0]  # makes the accuracies beside the images; it was renamed in NumPy 2
 NUMPY_SCALARS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 NUMPY_SCALARS += [np.dtype, type(np.dtype("f8")), type(np.dtype("f4"))]
 
-# %% ../nbs/04_condensation.ipynb #cell-77
+# %% ../nbs/04_condensation.ipynb #cell-82
 def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     "Images and labels (hard or soft) of a `.pt` file of the DC, DSA, DM or MTT code; a `ValueError` for any other."
     def load(file: Path):
@@ -670,7 +670,7 @@ def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     needed = "a file of the DC, DSA, DM or MTT code; images_*.pt needs labels_*.pt beside it"
     refuse("condenser", path.name, f"it must be {needed} ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-78
+# %% ../nbs/04_condensation.ipynb #cell-83
 def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     "A published file as a set like `train`: what does not fit it is refused."
     images, labels = read_published(path)
@@ -684,7 +684,7 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     notes = {"method": "published", "file": path.name, "normalisation": how}
     return replace(train, images=images, labels=labels, provenance=notes)
 
-# %% ../nbs/04_condensation.ipynb #cell-79
+# %% ../nbs/04_condensation.ipynb #cell-84
 def load_condensed(
     path: Path | str,  # .safetensors: saved here; .pt: published
     train: ImageSet,  # what it was condensed from: gives classes and normalisation of a .pt file
@@ -702,7 +702,7 @@ def load_condensed(
         problem = str(error)
     refuse("condenser", str(path), f"it must be a set of images that this library saved ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-87
+# %% ../nbs/04_condensation.ipynb #cell-92
 def soften(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:
     "The same images with the teacher's answers, softened by `temperature`, in the place of their labels."
     labels = (predict(teacher, images, fabric)[1] / temperature).softmax(1).to(images.images.device)
