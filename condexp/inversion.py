@@ -150,7 +150,7 @@ def one_hot(view: View) -> Float[Tensor, ""]:
     "Cross-entropy of the teacher's answer to the class asked for, in nats."
     return F.cross_entropy(view.logits, view.targets)
 
-# %% ../nbs/05_inversion.ipynb #cell-21
+# %% ../nbs/05_inversion.ipynb #cell-22
 def bn_distance(s: Statistics) -> Float[Tensor, ""]:
     "Sum over layers of the distances between means and between variances."
     off = torch.stack([s.mean - s.running_mean, s.var - s.running_var], dim=1)
@@ -161,7 +161,7 @@ def bn_statistics(view: View) -> Float[Tensor, ""]:
     "`bn_distance` of a view: DeepInversion's prior."
     return bn_distance(view.statistics)
 
-# %% ../nbs/05_inversion.ipynb #cell-24
+# %% ../nbs/05_inversion.ipynb #cell-25
 def adversarial(view: View) -> Float[Tensor, ""]:
     "Minus KL(T || S) in nats, where the student names the teacher's class (CMI, Fast)."
     student, teacher = view.student_logits, view.logits
@@ -182,7 +182,7 @@ def js_adversarial(view: View, temperature: float = 3.0) -> Float[Tensor, ""]:
     log_m = torch.logaddexp(log_s, log_t) - math.log(2)
     return 1 - sum(F.kl_div(log_m, p, reduction="batchmean", log_target=True) for p in (log_s, log_t)) / 2
 
-# %% ../nbs/05_inversion.ipynb #cell-27
+# %% ../nbs/05_inversion.ipynb #cell-28
 def activation(view: View) -> Float[Tensor, ""]:
     "Minus the mean absolute penultimate feature."
     return -view.features.abs().mean()
@@ -193,7 +193,7 @@ def balance(view: View) -> Float[Tensor, ""]:
     mean = view.logits.softmax(1).mean(0).clamp_min(1e-12)
     return (mean * mean.log()).sum()
 
-# %% ../nbs/05_inversion.ipynb #cell-30
+# %% ../nbs/05_inversion.ipynb #cell-31
 def rms(x: Tensor) -> Float[Tensor, ""]:
     "Root mean square, with a finite gradient at zero."
     return x.square().mean().clamp_min(1e-12).sqrt()
@@ -211,7 +211,7 @@ def l2(view: View) -> Float[Tensor, ""]:
     "Root mean square of the images."
     return rms(view.images)
 
-# %% ../nbs/05_inversion.ipynb #cell-33
+# %% ../nbs/05_inversion.ipynb #cell-34
 class Remembering(nn.Module):
     "A term's loss that has a state: `forward(view)` is the loss."
 
@@ -224,7 +224,7 @@ class Remembering(nn.Module):
     def finish(self) -> None:
         "Called after each batch."
 
-# %% ../nbs/05_inversion.ipynb #cell-35
+# %% ../nbs/05_inversion.ipynb #cell-36
 class SmoothedStatistics(Remembering):
     "`bn_distance` of moments smoothed over batches."
 
@@ -246,7 +246,7 @@ class SmoothedStatistics(Remembering):
         self.past.copy_(self.last)
         self.share.fill_(self.momentum)
 
-# %% ../nbs/05_inversion.ipynb #cell-37
+# %% ../nbs/05_inversion.ipynb #cell-39
 def contrast(
     local: Float[Tensor, "m p"],  # normalised projections of one view
     globals_: Float[Tensor, "m p"],  # of the other view of the same images, in the same order
@@ -256,7 +256,7 @@ def contrast(
     logits = local @ globals_.detach().T / temperature
     return F.cross_entropy(logits, torch.arange(len(local), device=local.device), reduction="none")
 
-# %% ../nbs/05_inversion.ipynb #cell-39
+# %% ../nbs/05_inversion.ipynb #cell-41
 class Contrastive(Remembering):
     "CMI's contrastive loss with its projection head and its memory bank."
 
@@ -299,7 +299,7 @@ class Contrastive(Remembering):
         self.optimizer.load_state_dict(state["optimizer"])
         self.bank = state["bank"].to(self.bank.device)
 
-# %% ../nbs/05_inversion.ipynb #cell-41
+# %% ../nbs/05_inversion.ipynb #cell-44
 @dataclass(frozen=True)
 class Canvas:
     "What a source is to make."
@@ -316,7 +316,7 @@ class Canvas:
         "One value per channel, to compute with."
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
 
-# %% ../nbs/05_inversion.ipynb #cell-42
+# %% ../nbs/05_inversion.ipynb #cell-46
 class Source:
     "What makes images. Subclasses set `optimizer` in `begin`."
 
@@ -350,7 +350,7 @@ class Source:
     def load_state_dict(self, state: dict) -> None:
         "Take up a state that `state_dict` gave."
 
-# %% ../nbs/05_inversion.ipynb #cell-44
+# %% ../nbs/05_inversion.ipynb #cell-48
 class Pixels(Source):
     "The images themselves, from noise (DeepInversion)."
 
@@ -380,7 +380,7 @@ class Pixels(Source):
         super().step(loss)
         self._project()
 
-# %% ../nbs/05_inversion.ipynb #cell-46
+# %% ../nbs/05_inversion.ipynb #cell-51
 class FreshGenerator(Source):
     "A generator and its inputs, new for every batch (CMI)."
 
@@ -413,7 +413,7 @@ class FreshGenerator(Source):
     def images(self):
         return self.generator(self.z, self.targets)
 
-# %% ../nbs/05_inversion.ipynb #cell-48
+# %% ../nbs/05_inversion.ipynb #cell-54
 class MetaGenerator(FreshGenerator):
     "A generator that learns, from batch to batch, to be a good start (Fast)."
 
@@ -466,7 +466,7 @@ class MetaGenerator(FreshGenerator):
         self.meta.load_state_dict(state["meta"])
         self.meta_optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-52
+# %% ../nbs/05_inversion.ipynb #cell-58
 class KeptGenerator(FreshGenerator):
     "One generator that goes on learning, with new inputs at every step (DAFL, ZSKT, DFQ)."
 
@@ -490,7 +490,7 @@ class KeptGenerator(FreshGenerator):
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-54
+# %% ../nbs/05_inversion.ipynb #cell-60
 class Memory(nn.Module):
     "A variational auto-encoder of images: what PRE-DFKD remembers of earlier batches."
 
@@ -521,7 +521,7 @@ class Memory(nn.Module):
             optimizer.step()
         return self.decoder(z, targets).detach()
 
-# %% ../nbs/05_inversion.ipynb #cell-55
+# %% ../nbs/05_inversion.ipynb #cell-62
 class ReplayGenerator(KeptGenerator):
     "A kept generator, and a memory from which a part of each batch is replayed (PRE-DFKD)."
 
@@ -563,7 +563,7 @@ class ReplayGenerator(KeptGenerator):
         self.memory.load_state_dict(state["memory"])
         self.memory_optimizer.load_state_dict(copy.deepcopy(state["memory_optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-57
+# %% ../nbs/05_inversion.ipynb #cell-64
 @dataclass(frozen=True)
 class Recipe:
     "An inversion method."
@@ -601,7 +601,7 @@ def plain_settings(loss: Callable) -> dict:
     numbers = {k: v for k, v in vars(loss).items() if type(v) in (int, float) and not k.startswith("_")}
     return {"loss": type(loss).__name__, **numbers}
 
-# %% ../nbs/05_inversion.ipynb #cell-59
+# %% ../nbs/05_inversion.ipynb #cell-66
 def reweigh(
     recipe: Recipe,
     **weights: float,  # a new weight for each term named
@@ -611,7 +611,7 @@ def reweigh(
         one_of("terms", name, [t.name for t in recipe.terms])
     return replace(recipe, terms=tuple(replace(t, weight=weights.get(t.name, t.weight)) for t in recipe.terms))
 
-# %% ../nbs/05_inversion.ipynb #cell-60
+# %% ../nbs/05_inversion.ipynb #cell-67
 FAST = Recipe(
     name="fast",
     source=partial(MetaGenerator, rule="reptile", lr=2e-3, lr_z=1e-2, conditional=True),
@@ -623,7 +623,7 @@ FAST = Recipe(
     steps=10,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-63
+# %% ../nbs/05_inversion.ipynb #cell-70
 CMI = Recipe(
     name="cmi",
     source=partial(FreshGenerator, lr=1e-3, lr_z=1e-3),
@@ -637,7 +637,7 @@ CMI = Recipe(
     local=Augment(shift=0, crop=0.25),
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-65
+# %% ../nbs/05_inversion.ipynb #cell-72
 DEEPINVERSION = Recipe(
     name="deepinversion",
     source=partial(Pixels, lr=0.1),
@@ -652,7 +652,7 @@ DEEPINVERSION = Recipe(
     augment=Augment(shift=0.0625),
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-67
+# %% ../nbs/05_inversion.ipynb #cell-74
 _one_generator = partial(KeptGenerator, lr=1e-3, conditional=True)
 
 DAFL = Recipe(
@@ -681,7 +681,7 @@ DFQ = Recipe(
     steps=20,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-69
+# %% ../nbs/05_inversion.ipynb #cell-76
 PRE_DFKD = Recipe(
     name="pre_dfkd",
     source=partial(ReplayGenerator, lr=1e-3, conditional=True),
@@ -694,14 +694,14 @@ PRE_DFKD = Recipe(
     steps=20,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-70
+# %% ../nbs/05_inversion.ipynb #cell-77
 FAST_FOMAML = replace(FAST, name="fast_fomaml", source=partial(FAST.source, rule="fomaml"))
 
 INVERSIONS: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (FAST, FAST_FOMAML, CMI, DEEPINVERSION, DAFL, ZSKT, DFQ, PRE_DFKD)
 }
 
-# %% ../nbs/05_inversion.ipynb #cell-73
+# %% ../nbs/05_inversion.ipynb #cell-80
 @contextmanager
 def quiet(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
@@ -719,7 +719,7 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for p, need in wanted:
             p.requires_grad_(need)
 
-# %% ../nbs/05_inversion.ipynb #cell-75
+# %% ../nbs/05_inversion.ipynb #cell-82
 class Inverter:
     "A recipe at work on one teacher and one student; a context manager."
 
@@ -760,7 +760,7 @@ class Inverter:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../nbs/05_inversion.ipynb #cell-77
+# %% ../nbs/05_inversion.ipynb #cell-84
 @patch
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     n, views = len(images), [augment(images) for augment in self.views]
@@ -770,7 +770,7 @@ def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     statistics = self.watch.read() if self.watches else None
     return View(images, targets, views[0], features[:n].float(), logits[:n].float(), self.student, statistics)
 
-# %% ../nbs/05_inversion.ipynb #cell-78
+# %% ../nbs/05_inversion.ipynb #cell-85
 @patch
 def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
     "Each term's value, and the weighted total."
@@ -782,7 +782,7 @@ def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
         total = total + values["alignment"]
     return {**values, "total": total}
 
-# %% ../nbs/05_inversion.ipynb #cell-79
+# %% ../nbs/05_inversion.ipynb #cell-86
 @patch
 def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
     with self.fabric.autocast():
@@ -796,7 +796,7 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
     agreement = 100 * (view.logits.argmax(1) == targets).float().mean()
     return view.images.detach(), {name: v.detach() for name, v in values.items()} | {"agreement": agreement}
 
-# %% ../nbs/05_inversion.ipynb #cell-81
+# %% ../nbs/05_inversion.ipynb #cell-88
 @patch
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
@@ -813,7 +813,7 @@ def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
         memory.finish()
     return self.source.finish(best.clamp(0, 1), targets, self.teacher).clamp(0, 1)
 
-# %% ../nbs/05_inversion.ipynb #cell-82
+# %% ../nbs/05_inversion.ipynb #cell-89
 @patch
 def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     for row in rows:
@@ -826,7 +826,7 @@ def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     best = min(range(len(rows)), key=self.trace["total"].__getitem__)
     self.losses.append({**mean, "agreement": self.trace["agreement"][best]})
 
-# %% ../nbs/05_inversion.ipynb #cell-83
+# %% ../nbs/05_inversion.ipynb #cell-90
 @patch
 def synthesise(
     self: Inverter,
@@ -837,7 +837,7 @@ def synthesise(
     with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
-# %% ../nbs/05_inversion.ipynb #cell-85
+# %% ../nbs/05_inversion.ipynb #cell-92
 @patch
 def state_dict(self: Inverter) -> dict:
     "Everything that is kept from batch to batch, as tensors and plain values."
