@@ -88,6 +88,7 @@ def curves(history: list[dict]) -> list[dict]:
 def record_rows(record: dict, file: str) -> list[dict]:
     "A row for each accuracy of one record."
     common = record["config"] | dict(file=file, teacher_accuracy=record["teacher_accuracy"])
+    common["asked"] = common.get("images")  # how many images were asked for: a set may have fewer
     if "settings" in record:
         common["schedule"] = "{epochs} epochs of {steps} steps of {batch_size} images".format(**record["settings"])
     per_set = {name: record.get(name, {}) for name in ("images", "steps")}
@@ -111,9 +112,9 @@ def read_records(
 
 # %% ../nbs/11_records.ipynb #cell-13
 def plus_minus(table: pd.DataFrame, rows: list[str], columns: str = "set", value: str = "accuracy") -> pd.DataFrame:
-    "Mean ± standard deviation of `value` as text, grouped by columns of `read_records`; a dash where there is nothing."
-    cells = table.groupby([*rows, columns], sort=False)[value].agg(["mean", "std"])
-    text = cells.apply(lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}", axis=1)
+    "Mean ± standard deviation of `value` as text, grouped by columns of `read_records`; one value has no deviation, and nothing is a dash."
+    cells = table.groupby([*rows, columns], sort=False)[value].agg(["mean", "std", "count"])
+    text = cells.apply(lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}" if c["count"] > 1 else f"{c['mean']:.1f}", axis=1)
     return text.unstack(columns).fillna("–")
 
 # %% ../nbs/11_records.ipynb #cell-16
