@@ -44,7 +44,7 @@ class WalkSettings:
             if not good:
                 refuse(name, getattr(self, name), "first must be positive, grow at least 1, shrink below 1, low below high")
 
-# %% ../nbs/10_boundary.ipynb #cell-06
+# %% ../nbs/10_boundary.ipynb #cell-07
 Logits = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n k"]]
 
 
@@ -58,7 +58,7 @@ class Walkers:
     length: Float[Tensor, "n"]  # of the next step
     predicted: Int[Tensor, "n"]
 
-# %% ../nbs/10_boundary.ipynb #cell-07
+# %% ../nbs/10_boundary.ipynb #cell-08
 def look(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"]) -> tuple[Tensor, Tensor, Tensor]:
     "Loss, the gradient's direction (root mean square 1), and the predicted class."
     x = x.detach().requires_grad_()
@@ -69,7 +69,7 @@ def look(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"])
     size = slope.square().mean((1, 2, 3), keepdim=True).sqrt()
     return loss.detach(), slope / size.clamp_min(1e-20), z.argmax(1)
 
-# %% ../nbs/10_boundary.ipynb #cell-08
+# %% ../nbs/10_boundary.ipynb #cell-10
 def stride(w: Walkers, logits: Logits, targets: Int[Tensor, "n"], settings: WalkSettings) -> Walkers:
     "One try of every walker: where it then stands."
     x = (w.x - w.length.view(-1, 1, 1, 1) * w.slope).clamp(settings.low, settings.high)
@@ -80,7 +80,7 @@ def stride(w: Walkers, logits: Logits, targets: Int[Tensor, "n"], settings: Walk
     better = torch.where(here, x, w.x), torch.where(moved, loss, w.loss), torch.where(here, slope, w.slope)
     return Walkers(*better, length, torch.where(moved, predicted, w.predicted))
 
-# %% ../nbs/10_boundary.ipynb #cell-10
+# %% ../nbs/10_boundary.ipynb #cell-13
 @dataclass(frozen=True)
 class Walk:
     "What became of each (image, target); rows that did not cross hold where they got to, on both sides."
@@ -97,7 +97,7 @@ class Walk:
         "The four images of every walk that crossed."
         return torch.cat([side[self.success] for side in (self.before, self.after, self.deep_before, self.deep_after)])
 
-# %% ../nbs/10_boundary.ipynb #cell-11
+# %% ../nbs/10_boundary.ipynb #cell-14
 def cross(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"], settings: WalkSettings) -> tuple[Tensor, ...]:
     "(before, after, success, steps) of walks to the targets; those that are there at once do not count as crossing."
     lengths = torch.full((len(x),), settings.first, device=x.device)
@@ -119,7 +119,7 @@ def cross(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"]
         active = active[~there]
     return before, w.x, success, steps
 
-# %% ../nbs/10_boundary.ipynb #cell-12
+# %% ../nbs/10_boundary.ipynb #cell-16
 def push(logits: Logits, x: Tensor, targets: Int[Tensor, "n"], settings: WalkSettings) -> Float[Tensor, "n c h w"]:
     "Images `x` some steps deeper in their classes."
     loss, slope, predicted = look(logits, x, targets)
@@ -128,7 +128,7 @@ def push(logits: Logits, x: Tensor, targets: Int[Tensor, "n"], settings: WalkSet
         w = stride(w, logits, targets, settings)
     return w.x
 
-# %% ../nbs/10_boundary.ipynb #cell-13
+# %% ../nbs/10_boundary.ipynb #cell-18
 def attack(
     logits: Logits,  # a frozen teacher
     images: Float[Tensor, "n c h w"],  # on its device, within the valid range
@@ -146,7 +146,7 @@ def attack(
         sure = torch.stack([margins(logits(x).float()) for x in (before, after, deep_before, deep_after)], 1)
     return Walk(before, after, deep_before, deep_after, success, steps, sure * success[:, None])
 
-# %% ../nbs/10_boundary.ipynb #cell-23
+# %% ../nbs/10_boundary.ipynb #cell-28
 def destinations(
     predicted: Int[Tensor, "n"],  # classes that the teacher sees
     classes: int,
@@ -158,7 +158,7 @@ def destinations(
     order.scatter_(1, predicted[:, None], 2.0)  # its own comes last
     return order.argsort(1)[:, : targets or classes - 1]
 
-# %% ../nbs/10_boundary.ipynb #cell-25
+# %% ../nbs/10_boundary.ipynb #cell-30
 def attacked(
     images: ImageSet,
     teacher: Classifier,  # frozen, on the fabric's device
@@ -180,7 +180,7 @@ def attacked(
 
     return cached("attacked", config, compute, lambda path, made: made.save(path), ImageSet.load)
 
-# %% ../nbs/10_boundary.ipynb #cell-26
+# %% ../nbs/10_boundary.ipynb #cell-31
 @dataclass
 class Haul:
     "What the walks so far have brought."
@@ -197,7 +197,7 @@ class Haul:
         self.tries += int(walk.steps[walk.success].sum())
         self.done += 1
 
-# %% ../nbs/10_boundary.ipynb #cell-27
+# %% ../nbs/10_boundary.ipynb #cell-32
 EVERY = 10  # batches of walks between two checkpoints
 
 
@@ -228,7 +228,7 @@ def walk_all(
     about = dict(walks=sent.tolist(), crossed=haul.crossed.tolist(), tries=haul.tries / int(haul.crossed.sum()))
     return replace(made, labels=labels, provenance=about)
 
-# %% ../nbs/10_boundary.ipynb #cell-34
+# %% ../nbs/10_boundary.ipynb #cell-39
 def boundary_distance(
     images: ImageSet,
     teacher: Classifier,  # frozen, on the fabric's device

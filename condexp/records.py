@@ -112,7 +112,7 @@ def read_records(
 
 # %% ../nbs/11_records.ipynb #cell-13
 def plus_minus(table: pd.DataFrame, rows: list[str], columns: str = "set", value: str = "accuracy") -> pd.DataFrame:
-    "Mean ± standard deviation of `value` as text, grouped by columns of `read_records`; one value has no deviation, and nothing is a dash."
+    "Mean ± standard deviation (of several) of `value` as text, by columns of `read_records`; a dash where there is nothing."
     cells = table.groupby([*rows, columns], sort=False)[value].agg(["mean", "std", "count"])
     text = cells.apply(lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}" if c["count"] > 1 else f"{c['mean']:.1f}", axis=1)
     return text.unstack(columns).fillna("–")

@@ -65,7 +65,7 @@ def painters(wanted: Wanted, programs: int, backend: str, shader_folder: str) ->
         refuse("shader_folder", shader_folder, "it must hold a program that OpenGL can draw")
     return (functools.partial(paint_source, s) for s in sources if s.name not in wrong)
 
-# %% ../nbs/08_surrogates.ipynb #cell-08
+# %% ../nbs/08_surrogates.ipynb #cell-09
 def shader_frames(wanted: Wanted, programs: int = 64, backend: str = "opengl", shader_folder: str = "") -> Stream:
     "Frames of `programs` programs, round and round. Without OpenGL, a `RuntimeError` says what to install."
     rng, fresh = np.random.default_rng(wanted.seed), painters(wanted, whole("programs", programs, 1), backend, shader_folder)
@@ -84,7 +84,7 @@ def shader_frames(wanted: Wanted, programs: int = 64, backend: str = "opengl", s
             if good.any():
                 yield frames[good]
 
-# %% ../nbs/08_surrogates.ipynb #cell-10
+# %% ../nbs/08_surrogates.ipynb #cell-12
 def leaves(wanted: Wanted, shapes: int = 100, batch: int = 250) -> Stream:
     "Images of `shapes` discs, polygons, flowers and boxes, the last ones on top."
     g, size = torch.Generator().manual_seed(wanted.seed), wanted.size
@@ -105,7 +105,7 @@ def leaves(wanted: Wanted, shapes: int = 100, batch: int = 250) -> Stream:
             canvas = torch.where(inside, torch.rand(batch, 3, 1, 1, generator=g), canvas)
         yield (canvas * 255).round().to(torch.uint8)
 
-# %% ../nbs/08_surrogates.ipynb #cell-12
+# %% ../nbs/08_surrogates.ipynb #cell-14
 def gaussian(wanted: Wanted, batch: int = 250) -> Stream:
     "Independent normal pixels."
     g = torch.Generator().manual_seed(wanted.seed)
@@ -114,7 +114,7 @@ def gaussian(wanted: Wanted, batch: int = 250) -> Stream:
         noise = torch.randn(batch, len(centre), wanted.size, wanted.size, generator=g)
         yield ((centre + spread * noise).clamp(0, 1) * 255).round().to(torch.uint8)
 
-# %% ../nbs/08_surrogates.ipynb #cell-15
+# %% ../nbs/08_surrogates.ipynb #cell-17
 def photograph(which: str) -> UInt8[Tensor, "3 h w"]:
     "`china` or `flower`, which come with scikit-learn, or the picture at a path."
     if which in ("china", "flower"):
@@ -133,10 +133,10 @@ def pyramid(photo: UInt8[Tensor, "3 h w"], size: int) -> list[Float[Tensor, "3 h
         levels.append(F.avg_pool2d(levels[-1], 2))
     return levels
 
-# %% ../nbs/08_surrogates.ipynb #cell-16
+# %% ../nbs/08_surrogates.ipynb #cell-19
 CROP = Augment(shift=0, flip=False, brightness=0.2, saturation=0.5, contrast=0.3)  # how crops are recoloured
 
-# %% ../nbs/08_surrogates.ipynb #cell-17
+# %% ../nbs/08_surrogates.ipynb #cell-20
 def crops(wanted: Wanted, photo: str = "china", batch: int = 250) -> Stream:
     "Random square crops of a photograph, from `size` pixels to its height, turned, mirrored, recoloured; no flat ones."
     size, g = wanted.size, torch.Generator().manual_seed(wanted.seed)
@@ -160,7 +160,7 @@ def crops(wanted: Wanted, photo: str = "china", batch: int = 250) -> Stream:
             out = (CROP(out).clamp(0, 1) * 255).round().to(torch.uint8)
         yield out[worth_keeping(out)]
 
-# %% ../nbs/08_surrogates.ipynb #cell-20
+# %% ../nbs/08_surrogates.ipynb #cell-23
 def check_pixels(images: ImageSet, name: str) -> ImageSet:
     "`images` if they are numbers and show something, else a refusal."
     x = images.images
@@ -177,7 +177,7 @@ def real(images: ImageSet, seed: int, batch: int = 250) -> Stream:
     for index in order.split(batch):
         yield (images.batch(index.to(images.images.device)) * 255).round().to(torch.uint8).cpu()
 
-# %% ../nbs/08_surrogates.ipynb #cell-21
+# %% ../nbs/08_surrogates.ipynb #cell-25
 RELATED = {  # words in the names of ImageNet's classes that show what a class of CIFAR-10 shows
     "airplane": ("airliner", "warplane", "airplane"),
     "automobile": ("sports car", "convertible", "limousine", "beach wagon", "minivan", "jeep", "cab", "Model T", "racer"),
@@ -191,7 +191,7 @@ RELATED = {  # words in the names of ImageNet's classes that show what a class o
     "truck": ("moving van", "police van", "pickup", "trailer truck", "fire engine", "garbage truck", "tow truck"),
 }
 
-# %% ../nbs/08_surrogates.ipynb #cell-22
+# %% ../nbs/08_surrogates.ipynb #cell-26
 def class_words(dataset: str, classes: Sequence[str]) -> dict[str, str]:
     "Each class in words: from the `words.tsv` or `words.txt` beside ImageNet's folders (id, tab, words), else its own name."
     path, text = Path(dataset).expanduser(), ""
@@ -204,7 +204,7 @@ def class_words(dataset: str, classes: Sequence[str]) -> dict[str, str]:
     known = dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line)
     return {name: known.get(name, name).strip() for name in classes}
 
-# %% ../nbs/08_surrogates.ipynb #cell-23
+# %% ../nbs/08_surrogates.ipynb #cell-28
 def overlap(
     words: dict[str, str],  # class of the set -> its name in words, of `class_words`
     related: dict[str, Sequence[str]] = RELATED,  # class of the teacher -> words that name the same
@@ -217,7 +217,7 @@ def overlap(
                 found[name] = known
     return found
 
-# %% ../nbs/08_surrogates.ipynb #cell-24
+# %% ../nbs/08_surrogates.ipynb #cell-29
 PARTS = ("all", "in", "out")
 
 
@@ -227,7 +227,7 @@ def by_overlap(images: ImageSet, overlapping: Sequence[str]) -> tuple[ImageSet, 
     inside, outside = (where[images.hard_labels].nonzero().flatten() for where in (known, ~known))
     return images.subset(inside, part="overlapping classes"), images.subset(outside, part="other classes")
 
-# %% ../nbs/08_surrogates.ipynb #cell-27
+# %% ../nbs/08_surrogates.ipynb #cell-33
 def rank_within(labels: Int[Tensor, "n"], classes: int) -> Int[Tensor, "n"]:
     "How many earlier entries have the same label."
     return F.one_hot(labels, classes).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
@@ -240,7 +240,7 @@ def to_channels(frames: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tensor
     grey = frames.float().mean(1, keepdim=True).round().to(torch.uint8)
     return grey.expand(-1, channels, -1, -1)
 
-# %% ../nbs/08_surrogates.ipynb #cell-28
+# %% ../nbs/08_surrogates.ipynb #cell-35
 SAMPLINGS = ("uniform", "longtail", "asis")
 
 
@@ -257,7 +257,7 @@ def quotas(
     room[: count - int(room.sum())] += 1
     return room
 
-# %% ../nbs/08_surrogates.ipynb #cell-30
+# %% ../nbs/08_surrogates.ipynb #cell-37
 @dataclass
 class Taken:
     "What the filter has kept so far."
@@ -278,7 +278,7 @@ class Taken:
         self.seen, self.batches = self.seen + len(frames), self.batches + 1
         return len(keep)
 
-# %% ../nbs/08_surrogates.ipynb #cell-33
+# %% ../nbs/08_surrogates.ipynb #cell-40
 EVERY = 20  # batches between two checkpoints
 
 
@@ -307,14 +307,14 @@ def filtered(
     made = like(teacher, torch.cat(taken.frames), torch.cat(taken.labels))
     return replace(made, provenance={"seen": taken.seen, "counts": made.counts, "teacher": fingerprint(teacher)})
 
-# %% ../nbs/08_surrogates.ipynb #cell-34
+# %% ../nbs/08_surrogates.ipynb #cell-41
 def like(teacher: Classifier, frames: UInt8[Tensor, "n c h w"], labels: Int[Tensor, "n"] | None = None) -> ImageSet:
     "Frames as a set with the teacher's classes and normalisation; without labels, all of the first class."
     spec = teacher.spec
     labels = torch.zeros(len(frames), dtype=torch.long) if labels is None else labels
     return ImageSet(frames, labels, spec.classes, spec.mean, spec.std)
 
-# %% ../nbs/08_surrogates.ipynb #cell-36
+# %% ../nbs/08_surrogates.ipynb #cell-43
 SURROGATES: dict[str, Callable[..., Stream]] = {
     "shaders": shader_frames, "leaves": leaves, "noise": gaussian, "single_image": crops,
 }
@@ -332,7 +332,7 @@ def described(settings: dict) -> dict:
         return {key: value for key, value in settings.items() if key != "shader_folder"}
     return settings | {"shader_folder": config_hash({s.name: s.code for s in read_programs(Path(folder))})}
 
-# %% ../nbs/08_surrogates.ipynb #cell-37
+# %% ../nbs/08_surrogates.ipynb #cell-45
 def surrogate(
     source: str | ImageSet,  # a name in SURROGATES, or real images
     teacher: Classifier,  # frozen, on the fabric's device: gives size, channels, classes
@@ -361,7 +361,7 @@ def surrogate(
     warn_of_gaps(made, count, sampling)
     return made
 
-# %% ../nbs/08_surrogates.ipynb #cell-38
+# %% ../nbs/08_surrogates.ipynb #cell-46
 def warn_of_gaps(made: ImageSet, count: int, sampling: str) -> None:
     "Warn of the classes that got less than what was wanted of each."
     if len(made) == count:
