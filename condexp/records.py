@@ -157,6 +157,7 @@ def plot_students(
     histories: dict[str, list[dict]],  # arm, or name of a set -> its history
     teacher_accuracy: float,  # percent, drawn as a line
     title: str = "",
+    measure: str = "student accuracy (% of test images)",
 ) -> Figure:
     "Test accuracy of each arm's, or each set's, student, epoch by epoch."
     figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
@@ -166,7 +167,7 @@ def plot_students(
         colour = ARM_COLOURS[arm] if arm in ARM_COLOURS else next(others)
         ax.plot(*points, label=arm, color=colour, marker=ARM_MARKERS.get(arm, "o"), markersize=5)
     ax.axhline(teacher_accuracy, color="0.4", linestyle=":", label="teacher")
-    ax.set(xlabel="epoch", ylabel="student accuracy (% of test images)", title=title)
+    ax.set(xlabel="epoch", ylabel=measure, title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right upper")
     plt.close(figure)

@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from condexp.data import ImageSet, random_per_class
+from condexp.models import load_classifier
+from condexp.training import accuracy
+
 pytestmark = pytest.mark.xdist_group("run_b")
 
 SMALL = {"student": "wrn_10_1", "backend": "torch", "epochs": 6, "steps": 25}
@@ -34,6 +38,18 @@ def test_a_set_is_made_judged_and_learned_from(papermill, teacher_file):
     assert r["accuracy"]["original"] > 60 and r["quality"]["original"]["entropy"] > 0.99
     assert r["settings"]["temperature"] == 2 and r["settings"]["mixup"] and r["images"]["original"] == 600
     assert r["counts"]["original"] == [60] * 10
+
+
+def test_a_teacher_without_any_data_gets_a_student(papermill, teacher_file, digits, fabric, tmp_path):
+    some = random_per_class(digits.train, 60, seed=0).save(tmp_path / "some.safetensors")
+    asked = {"dataset": "", "surrogate": some, "images": 0, "sampling": "asis", "output": "made"}
+    out = papermill("run_surrogate", **SMALL, **asked, teacher=teacher_file)
+    assert out.returncode == 0, out.stdout
+    r, made = record(papermill.folder), papermill.folder / "made"
+    student, meta = load_classifier(made / "some.student.safetensors")
+    kept = ImageSet.load(made / "some.images.safetensors")
+    assert r["accuracy"]["some"] == meta["accuracy"] > 50 and len(kept) == r["images"]["some"] == 540
+    assert accuracy(student, digits.test, fabric) > 50  # of the digits that nobody had at hand
 
 
 def test_any_saved_set_can_be_judged(papermill, teacher_file, condensed, tmp_path):
