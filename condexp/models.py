@@ -435,12 +435,12 @@ def fingerprint(model: Classifier) -> str:  # 16 hexadecimal digits
         digest.update(name.encode() + t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/02_models.ipynb #cell-53
+# %% ../nbs/02_models.ipynb #cell-55
 def _doubling(channels: int, out: int) -> list[nn.Module]:
     "Twice the size, convolution, norm, leaky ReLU."
     return [nn.Upsample(scale_factor=2), nn.Conv2d(channels, out, 3, 1, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2)]
 
-# %% ../nbs/02_models.ipynb #cell-54
+# %% ../nbs/02_models.ipynb #cell-56
 class Generator(nn.Module):
     "Latents to images in [0, 1] (CMI, Fang et al. 2021); any size: made at the next multiple of 4 and cropped."
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EVALUATE', 'NO_DATA', 'Run', 'text', 'RunTraining', 'known_model', 'RunTeacher', 'positive', 'RunCondense',
            'RunDistil', 'listed', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set', 'RunSurrogate',
-           'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data', 'scored', 'open_teacher',
-           'held_out', 'shortly', 'check_ipc', 'condensed_set', 'arm_sources', 'transfer_source', 'open_transfer',
+           'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data', 'scored', 'shortly',
+           'open_teacher', 'held_out', 'check_ipc', 'condensed_set', 'arm_sources', 'transfer_source', 'open_transfer',
            'transfer_set', 'set_name', 'set_distillation', 'distillation', 'teacher_schedule', 'evaluation_schedule',
            'write_made']
 
@@ -31,7 +31,7 @@ from .kd import ARMS, COMPARED, LABELS, ArmResult, Distillation, teacher_set
 from .models import PENULTIMATE, Classifier, at_layer, check_model, load_classifier, make_classifier, save_classifier
 from .shaders import BACKENDS, gl_context
 from .surrogates import PARTS, RELATED, SAMPLINGS, SURROGATES, by_overlap, class_words, overlap, surrogate
-from .training import DEVICES, PRECISIONS, Schedule, default_schedule, make_fabric, on_device, train_classifier
+from .training import DEVICES, PRECISIONS, Schedule, accuracy, default_schedule, make_fabric, on_device, train_classifier
 
 # %% ../nbs/12_runs.ipynb #cell-05
 @dataclass(frozen=True)
@@ -376,8 +376,13 @@ def scored(run: RunSurrogate, images: ImageSet, splits: Splits) -> tuple[ImageSe
     return rest, Splits(rest, held, splits.note)
 
 # %% ../nbs/12_runs.ipynb #cell-43
+def shortly(value) -> str:
+    "A long tuple cut to its length and first entries."
+    return f"({len(value)}: {', '.join(value[:4])}, ...)" if isinstance(value, tuple) and len(value) > 4 else str(value)
+
+
 def open_teacher(run: Run, splits: Splits, fabric: Fabric) -> tuple[Classifier, dict]:
-    "The teacher and its metadata (`accuracy` in percent): trained or from the cache by name, or read from a file."
+    "The teacher and its metadata (`accuracy` in percent, None if unknown): trained or cached by name, or read from a file."
     if not run.teacher.endswith(".safetensors"):
         return train_classifier(run.teacher, splits, default_schedule(splits.train), 0, fabric)
     teacher, meta = read_teacher(run.teacher, fabric.device)
@@ -385,9 +390,10 @@ def open_teacher(run: Run, splits: Splits, fabric: Fabric) -> tuple[Classifier, 
         has, wanted = shortly(getattr(teacher.spec, what)), shortly(getattr(splits.train, what))
         if getattr(teacher.spec, what) != getattr(splits.train, what):
             refuse("teacher", Path(run.teacher).name, f"its {what} {has} must be those of dataset, {wanted}")
-    return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0} | meta
+    known = meta if "accuracy" in meta or not len(splits.test) else {"accuracy": accuracy(teacher, splits.test, fabric)}
+    return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0, "accuracy": None} | meta | known
 
-# %% ../nbs/12_runs.ipynb #cell-44
+# %% ../nbs/12_runs.ipynb #cell-45
 def held_out(run: RunDistil | RunCondense | RunSurrogate, splits: Splits) -> Splits:
     "`splits`, or, to choose settings, with a tenth of the training images held out in the place of the test."
     if run.evaluate == "test":
@@ -396,12 +402,7 @@ def held_out(run: RunDistil | RunCondense | RunSurrogate, splits: Splits) -> Spl
     note = "Scored on a tenth of the training images, which nothing but the teacher has seen."
     return Splits(rest, held, f"{splits.note} {note}".strip())
 
-
-def shortly(value) -> str:
-    "A long tuple cut to its length and first entries."
-    return f"({len(value)}: {', '.join(value[:4])}, ...)" if isinstance(value, tuple) and len(value) > 4 else str(value)
-
-# %% ../nbs/12_runs.ipynb #cell-47
+# %% ../nbs/12_runs.ipynb #cell-48
 def check_ipc(run, train: ImageSet) -> None:
     "Refuse more images per class than the smallest class holds, where an arm or the condenser chooses among real ones."
     if run.condenser in CONDENSERS:
@@ -409,7 +410,7 @@ def check_ipc(run, train: ImageSet) -> None:
     if "random" in getattr(run, "arm_names", ()):
         check_condenser("random", train, run.ipc, 0)
 
-# %% ../nbs/12_runs.ipynb #cell-49
+# %% ../nbs/12_runs.ipynb #cell-50
 def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> ImageSet:
     "The condensed set a run asks for: made (or from the cache) by name, or read from a file."
     if run.condenser in CONDENSERS:
@@ -421,7 +422,7 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
             refuse("condenser", Path(run.condenser).name, f"its {what}, {has}, must be that of dataset, {wanted}")
     return on_device(given, fabric)
 
-# %% ../nbs/12_runs.ipynb #cell-51
+# %% ../nbs/12_runs.ipynb #cell-52
 def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[str]) -> dict[str, ImageSet]:
     "The given images of some arms: `condensed`, `random`, `full`."
     needed = {ARMS[a].source for a in arms} - {""}
@@ -432,7 +433,7 @@ def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[
     )
     return {name: make[name]() for name in make if name in needed}
 
-# %% ../nbs/12_runs.ipynb #cell-54
+# %% ../nbs/12_runs.ipynb #cell-55
 def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     "What a run's transfer set is made of: a surrogate's name, or real images, or those of a saved set."
     if run.surrogate in SURROGATES:
@@ -452,14 +453,14 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     chosen = inside if run.part == "in" else outside
     return chosen if len(chosen) else refuse("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
 
-# %% ../nbs/12_runs.ipynb #cell-57
+# %% ../nbs/12_runs.ipynb #cell-58
 def open_transfer(run: RunSurrogate) -> tuple[Fabric, Splits, Splits, str | ImageSet]:
     "The device, the teacher's data, the splits that students are scored on, and the source of their transfer set."
     fabric, data = open_run(run)
     splits = held_out(run, data)
     return fabric, data, splits, transfer_source(run, splits.train)
 
-# %% ../nbs/12_runs.ipynb #cell-59
+# %% ../nbs/12_runs.ipynb #cell-60
 def transfer_set(run: RunQuality, source: str | ImageSet, teacher: Classifier, fabric: Fabric) -> ImageSet:
     "The images that a run distils from or judges, of its `transfer_source`, as the teacher labels them."
     count = run.images or len(source)
@@ -472,7 +473,7 @@ def set_name(run: RunQuality) -> str:
     name = Path(run.surrogate).name.split(".")[0]
     return name if run.part == "all" else f"{name}, {run.part} of distribution"
 
-# %% ../nbs/12_runs.ipynb #cell-60
+# %% ../nbs/12_runs.ipynb #cell-61
 def set_distillation(run: RunSurrogate, train: ImageSet) -> Distillation:
     "How a run distils from its set; a temperature of 0 is 2 for real images and 20 for synthetic ones (Paper B)."
     small = len(train) <= 5000
@@ -486,7 +487,7 @@ def set_distillation(run: RunSurrogate, train: ImageSet) -> Distillation:
         mixup=run.mixup,
     )
 
-# %% ../nbs/12_runs.ipynb #cell-63
+# %% ../nbs/12_runs.ipynb #cell-64
 def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional") -> Distillation:
     "The settings of a run's arms: equal for all of them."
     small = len(train) <= 5000
@@ -505,7 +506,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional"
         warmup=6 if small else min(20, run.epochs or 20),
     )
 
-# %% ../nbs/12_runs.ipynb #cell-64
+# %% ../nbs/12_runs.ipynb #cell-65
 def teacher_schedule(run: RunTeacher, train: ImageSet) -> Schedule:
     "The teacher's schedule: the set's default where `epochs`, `steps` or `batch_size` is 0."
     usual = default_schedule(train)
@@ -517,7 +518,7 @@ def evaluation_schedule(run: RunCondense) -> Schedule:
     asked = {name: getattr(run, name) for name in ("epochs", "steps", "batch_size")}
     return replace(EVALUATION, **{name: value for name, value in asked.items() if value})
 
-# %% ../nbs/12_runs.ipynb #cell-67
+# %% ../nbs/12_runs.ipynb #cell-68
 def write_made(
     folder: str,  # empty: nothing is written
     images: dict[str, ImageSet],
