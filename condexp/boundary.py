@@ -188,14 +188,14 @@ class Haul:
     kept: list[UInt8[Tensor, "m c h w"]]
     crossed: Int[Tensor, "k"]  # walks that arrived, by target
     tries: int = 0  # of those
-    done: int = 0  # batches of walks
+    done: int = 0  # walks
 
     def add(self, walk: Walk, goals: Int[Tensor, "n"]) -> None:
         "Take in a batch of walks."
         self.kept.append((walk.images() * 255).round().to(torch.uint8).cpu())
         self.crossed += torch.bincount(goals[walk.success].cpu(), minlength=len(self.crossed))
         self.tries += int(walk.steps[walk.success].sum())
-        self.done += 1
+        self.done += len(goals)
 
 # %% ../nbs/10_boundary.ipynb #cell-32
 EVERY = 10  # batches of walks between two checkpoints
@@ -214,12 +214,13 @@ def walk_all(
     images, goals, classes = on_device(images, fabric), goals.to(fabric.device), len(teacher.spec.classes)
     haul = Haul(**(checkpoint.load() or dict(kept=[], crossed=torch.zeros(classes, dtype=torch.long))))
     rows = torch.arange(len(images), device=fabric.device).repeat_interleave(goals.shape[1])
-    parts = list(zip(rows.split(batch_size), goals.flatten().split(batch_size), strict=True))
-    bar = dict(initial=haul.done, total=len(parts), leave=False, delay=1)
-    for index, goal in progress(parts[haul.done :], "walking to the boundary", **bar):
-        haul.add(attack(teacher, images.batch(index), goal, settings), goal)
-        if haul.done % EVERY == 0:
-            checkpoint.save(vars(haul))
+    parts = zip(*(x[haul.done :].split(batch_size) for x in (rows, goals.flatten())), strict=True)
+    with progress(None, "walking to the boundary", initial=haul.done, total=len(rows), leave=False, delay=1) as bar:
+        for index, goal in parts:
+            haul.add(attack(teacher, images.batch(index), goal, settings), goal)
+            bar.update(len(goal))
+            if len(haul.kept) % EVERY == 0:
+                checkpoint.save(vars(haul))
     if not haul.crossed.sum():
         refuse("attack_steps", settings.steps, "no image reached another class: allow more tries, or longer first steps")
     made = like(teacher, torch.cat(haul.kept))
