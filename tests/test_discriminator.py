@@ -4,7 +4,7 @@ from condexp.data import random_per_class
 from condexp.kd import Distillation, distil
 
 # The pool matters here, not the student.
-SETTINGS = Distillation(epochs=6, steps=2, batch_size=32, rounds=2, synthesis_batch=60, warmup=4)
+SETTINGS = Distillation(epochs=6, steps=2, batch_size=32, rounds=2, synthesis_batch=40, warmup=4)
 
 
 def distances(arm, seed, teacher, digits, fabric):

@@ -57,7 +57,7 @@ def test_a_setting_that_an_arm_does_not_read_does_not_compute_it_again(sources, 
 @pytest.fixture(scope="module")
 def budget():
     "Enough for a student to learn; for all methods the same."
-    return Distillation(epochs=4, steps=50, batch_size=64, rounds=1, warmup=6, synthesis_batch=60)
+    return Distillation(epochs=4, steps=50, batch_size=64, rounds=1, warmup=6, synthesis_batch=40)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ def record(folder):
 
 
 def test_a_bad_set_is_made_good_at_the_boundary(papermill, teacher_file):
-    out = papermill("run_boundary", **SMALL | {"epochs": 10}, surrogate="single_image", images=60, teacher=teacher_file)
+    out = papermill("run_boundary", **SMALL | {"epochs": 8}, surrogate="single_image", images=40, teacher=teacher_file)
     assert out.returncode == 0, out.stdout
     r = record(papermill.folder)
     before, after = r["accuracy"]["single_image"], r["accuracy"]["single_image, attacked"]
