@@ -12,6 +12,7 @@ import io
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ class Checkpoint:
 
     def __init__(self, path: Path | None = None):
         self.path = None if path is None else Path(path)
+        self.made, self.spent = time.perf_counter(), 0.0  # seconds
 
     def load(self) -> dict | None:
         "The last saved state, or None."
@@ -99,12 +101,19 @@ class Checkpoint:
         if self.path is not None:
             write_atomic(self.path, lambda tmp: torch.save(state, tmp))
 
+    def offer(self, state: dict, share: float = 0.05) -> None:
+        "Replace the saved state, unless saving has already taken more than `share` of the time."
+        began = time.perf_counter()
+        if self.spent <= share * (began - self.made):
+            self.save(state)
+            self.spent += time.perf_counter() - began
+
     def remove(self) -> None:
         "Forget it: the computation is done."
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 
-# %% ../nbs/00_cache.ipynb #cell-19
+# %% ../nbs/00_cache.ipynb #cell-20
 def cached(
     kind: str,  # a folder of the cache: "teacher", "condensed", ...
     config: dict,  # everything the result depends on, as plain values
@@ -120,7 +129,7 @@ def cached(
         checkpoint.remove()
     return load(path)
 
-# %% ../nbs/00_cache.ipynb #cell-23
+# %% ../nbs/00_cache.ipynb #cell-24
 class NotebookBar(tqdm):
     "tqdm's bar as one output of a notebook cell."
 
@@ -137,7 +146,7 @@ def progress(items: Iterable | None, description: str, **kwargs) -> tqdm:
     in_notebook = getattr(get_ipython(), "kernel", None) is not None
     return (NotebookBar if in_notebook else tqdm)(items, desc=description, mininterval=0.5, ncols=90, **kwargs)
 
-# %% ../nbs/00_cache.ipynb #cell-26
+# %% ../nbs/00_cache.ipynb #cell-27
 def refuse(name: str, value: Any, allowed: str) -> None:
     "Raise the `ValueError` that every refusal of a parameter is."
     raise ValueError(f"{name} is {value!r}, but {allowed}")

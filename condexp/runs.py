@@ -340,6 +340,8 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
         gl_context()  # says what is missing, if it is
     teacher = getattr(run, "teacher", "")
     known = read_teacher(teacher)[0] if teacher.endswith(".safetensors") else None
+    if not run.dataset and run.size not in (0, known.spec.size):
+        refuse("size", run.size, f"without data it must be 0, or that of the teacher, {known.spec.size}")
     splits = load_splits(run.dataset, run.size or (known.spec.size if known else 0)) if run.dataset else no_data(known, fabric)
     for name in ("model", "teacher", "student"):
         if (model := getattr(run, name, "")) and not model.endswith(".safetensors"):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
+from xdist.scheduler import LoadScopeScheduling
 
 from condexp.data import load_splits, random_per_class
 from condexp.models import freeze, save_classifier
@@ -22,6 +23,19 @@ from condexp.training import Schedule, make_fabric, train_classifier
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(int(THREADS))
+
+
+class ByRun(LoadScopeScheduling):
+    "Tests that look at one run of a notebook go to one process, which runs it once; all others go anywhere."
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::")[0]
+        return module if Path(module).name.startswith("test_run_") else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return ByRun(config, log)
 
 
 def pytest_collection_modifyitems(items):

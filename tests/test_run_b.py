@@ -2,13 +2,9 @@
 
 import json
 
-import pytest
-
 from condexp.data import ImageSet, random_per_class
 from condexp.models import load_classifier
 from condexp.training import accuracy
-
-pytestmark = pytest.mark.xdist_group("run_b")
 
 SMALL = {"student": "wrn_10_1", "backend": "torch", "epochs": 6, "steps": 25}
 

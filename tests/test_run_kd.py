@@ -11,8 +11,6 @@ from condexp.data import ImageSet
 from condexp.models import load_classifier
 from condexp.training import accuracy
 
-pytestmark = pytest.mark.xdist_group("run_kd")  # one process for all, which runs the fixture once
-
 TINY = {"student": "wrn_10_1", "ipc": 1, "condenser": "random", "epochs": 4, "steps": 3, "batch_size": 32}
 
 
