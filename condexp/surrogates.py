@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Stream', 'PER_VISIT', 'CROP', 'RELATED', 'PARTS', 'SAMPLINGS', 'SURROGATES', 'Wanted', 'painters', 'shader_frames',
            'leaves', 'gaussian', 'photograph', 'pyramid', 'crops', 'check_pixels', 'real', 'class_words', 'overlap',
-           'by_overlap', 'rank_within', 'to_channels', 'quotas', 'Taken', 'filtered', 'like', 'own_settings',
-           'described', 'surrogate', 'warn_of_gaps']
+           'by_overlap', 'to_channels', 'quotas', 'Taken', 'filtered', 'like', 'own_settings', 'described', 'surrogate',
+           'warn_of_gaps']
 
 # %% ../nbs/08_surrogates.ipynb #cell-02
 import functools
@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .cache import Checkpoint, cached, config_hash, one_of, progress, refuse, whole
-from .data import ImageSet
+from .data import ImageSet, rank_within
 from .models import Classifier, fingerprint
 from .shaders import BACKENDS, box, failures, paint_source, places, polygon, radius, read_programs, rotated, star
 from .shaders import worth_keeping, write_program
@@ -228,11 +228,6 @@ def by_overlap(images: ImageSet, overlapping: Sequence[str]) -> tuple[ImageSet, 
     return images.subset(inside, part="overlapping classes"), images.subset(outside, part="other classes")
 
 # %% ../nbs/08_surrogates.ipynb #cell-33
-def rank_within(labels: Int[Tensor, "n"], classes: int) -> Int[Tensor, "n"]:
-    "How many earlier entries have the same label."
-    return F.one_hot(labels, classes).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
-
-
 def to_channels(frames: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tensor, "n k h w"]:
     "Colour made grey, or grey repeated, where the number of channels asks for it."
     if frames.shape[1] == channels:
