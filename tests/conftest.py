@@ -59,7 +59,7 @@ def digits():
 def trained(digits, fabric):
     "A small teacher of digits and its metadata."
     teacher, meta = train_classifier(
-        "wrn_16_1", digits, Schedule(epochs=6, steps=40, batch_size=64, lr=0.2), seed=0, fabric=fabric
+        "wrn_16_1", digits, Schedule(epochs=4, steps=40, batch_size=64, lr=0.2), seed=0, fabric=fabric
     )
     assert meta["accuracy"] > 94
     return freeze(teacher), meta
