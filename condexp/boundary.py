@@ -7,6 +7,7 @@ __all__ = ['Logits', 'WalkSettings', 'Walkers', 'look', 'stride', 'Walk', 'cross
            'Haul', 'walk_all', 'boundary_distance']
 
 # %% ../nbs/10_boundary.ipynb #cell-02
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
@@ -167,7 +168,7 @@ def attacked(
     targets: int = 0,  # other classes each image is pushed to; 0 for all of them
     settings: WalkSettings = WalkSettings(),  # noqa: B008 (frozen)
     batch_size: int = 256,  # walks at a time
-) -> ImageSet:  # on the CPU; provenance: walks, crossed (both by target), tries (mean of those that crossed)
+) -> ImageSet:  # on the CPU; provenance: walks, crossed (by target), tries (mean of those), seconds
     "Up to four images of every walk (Frank & Davis 2025); from the cache if it was done before."
     config = dict(images=check_pixels(images, "surrogate").fingerprint, teacher=fingerprint(teacher), seed=seed)
     config |= dict(targets=targets, walk=asdict(settings))
@@ -189,6 +190,7 @@ class Haul:
     crossed: Int[Tensor, "k"]  # walks that arrived, by target
     tries: int = 0  # of those
     done: int = 0  # walks
+    seconds: float = 0.0  # that they took
 
     def add(self, walk: Walk, goals: Int[Tensor, "n"]) -> None:
         "Take in a batch of walks."
@@ -206,16 +208,18 @@ def walk_all(
     settings: WalkSettings,
     batch_size: int,  # walks at a time
     checkpoint: Checkpoint,
-) -> ImageSet:  # on the CPU; provenance: walks, crossed (both by target), tries (mean of those that crossed)
+) -> ImageSet:  # on the CPU; provenance: walks, crossed (by target), tries (mean of those), seconds
     "The images of every walk, from the last checkpoint on if there is one."
     images, goals, classes = on_device(images, fabric), goals.to(fabric.device), len(teacher.spec.classes)
     haul = Haul(**(checkpoint.load() or dict(kept=[], crossed=torch.zeros(classes, dtype=torch.long))))
-    rows = torch.arange(len(images), device=fabric.device).repeat_interleave(goals.shape[1])
+    rows, began = torch.arange(len(images), device=fabric.device), time.perf_counter() - haul.seconds
+    rows = rows.repeat_interleave(goals.shape[1])
     parts = zip(*(x[haul.done :].split(batch_size) for x in (rows, goals.flatten())), strict=True)
     with progress(None, "walking to the boundary", initial=haul.done, total=len(rows), leave=False, delay=1) as bar:
         for index, goal in parts:
             haul.add(attack(teacher, images.batch(index), goal, settings), goal)
             bar.update(len(goal))
+            haul.seconds = time.perf_counter() - began
             checkpoint.offer(vars(haul))
     if not haul.crossed.sum():
         refuse("attack_steps", settings.steps, "no image reached another class: allow more tries, or longer first steps")
@@ -223,6 +227,7 @@ def walk_all(
     labels = predict(teacher, made, fabric)[1].argmax(1)
     sent = torch.bincount(goals.flatten().cpu(), minlength=classes)
     about = dict(walks=sent.tolist(), crossed=haul.crossed.tolist(), tries=haul.tries / int(haul.crossed.sum()))
+    about["seconds"] = round(haul.seconds, 1)
     return replace(made, labels=labels, provenance=about)
 
 # %% ../nbs/10_boundary.ipynb #cell-39

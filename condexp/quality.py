@@ -77,7 +77,7 @@ def quality_report(
     images: ImageSet,
     teacher: Classifier,
     fabric: Fabric,
-    temperature: float = 4.0,  # of the soft labels
+    temperature: float = 4.0,  # of the label entropy: the same for all sets that are compared, whatever they are learned at
     real: ImageSet | None = None,  # real images of the teacher's classes, where they are at hand
     boundary: Float[Tensor, "n"] | None = None,  # distances of images to the boundary, of `boundary.boundary_distance`
     near: float = 0.02,  # what of them counts as near
@@ -91,9 +91,11 @@ def quality_report(
     row = dict(images=len(images), entropy=relative_entropy(counts), counts=counts.tolist())
     row |= {f"coverage at {c}": coverage(logits, c) for c in (0.0, 0.5, 0.9)}
     for space, vectors in (("features", features), ("pixels", x.flatten(1).cpu())):
-        wide, close = spread(vectors[:1000])
+        wide, close = spread(vectors[torch.randperm(len(vectors), generator=torch.Generator().manual_seed(1))[:1000]])
         row |= {f"vendi, {space}": vendi_score(vectors), f"pair distance, {space}": wide, f"nearest, {space}": close}
     row |= {"margin": float(margins(logits).median()), "label entropy": float(label_entropy(logits, temperature).mean())}
+    if "predicted" in images.provenance:  # what the teacher saw before the classes were filled evenly
+        row |= {"source entropy": relative_entropy(torch.tensor(images.provenance["predicted"])), "seen": images.provenance["seen"]}
     if boundary is not None:
         row["near boundary"] = float((boundary <= near).float().mean())
     if real is not None:

@@ -91,14 +91,15 @@ def record_rows(record: dict, file: str) -> list[dict]:
     common["asked"] = common.get("images")  # how many images were asked for: a set may have fewer
     if "settings" in record:
         common["schedule"] = "{epochs} epochs of {steps} steps of {batch_size} images".format(**record["settings"])
+        common["temperature"] = record["settings"]["temperature"]  # what 0 came to
     per_set = {name: record.get(name, {}) for name in ("images", "steps")}
     rows = []
     for name, value in record["accuracy"].items():
         own = {what: values[name] for what, values in per_set.items() if name in values}
         own["seconds"] = sum(s for stage, s in record["seconds"].items() if stage.startswith(f"{name}: "))
         measured = record.get("quality", {}).get(name, {}) | record.get("distances", {}).get(name, {})
-        own |= {what: value for what, value in measured.items() if not isinstance(value, list)}
-        rows.append(common | own | {"set": name, "accuracy": value})
+        measured = {what: value for what, value in measured.items() if not isinstance(value, list)}
+        rows.append(common | measured | own | {"set": name, "accuracy": value})
     return rows
 
 # %% ../nbs/11_records.ipynb #cell-12

@@ -15,6 +15,7 @@ import itertools
 import math
 import re
 import tarfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -213,7 +214,7 @@ def overlap(
     found = {}
     for name, text in words.items():
         for known, signs in related.items():
-            if any(re.search(rf"\b{re.escape(sign)}\b", text, re.IGNORECASE) for sign in signs):
+            if any(re.search(rf"\b{re.escape(sign)}\b", text.replace("_", " "), re.IGNORECASE) for sign in signs):
                 found[name] = known
     return found
 
@@ -262,13 +263,16 @@ class Taken:
     frames: list[UInt8[Tensor, "m c h w"]] = field(default_factory=list)
     labels: list[Int[Tensor, "m"]] = field(default_factory=list)
     seen: int = 0  # images looked at
+    predicted: Int[Tensor, "k"] | int = 0  # how many of them the teacher put into each class
     batches: int = 0  # of them
+    seconds: float = 0.0  # that it took
 
     def add(self, frames: UInt8[Tensor, "n c h w"], predicted: Int[Tensor, "n"]) -> int:
         "Keep, of a batch, what has room in its class and altogether; how many that were."
         fits = rank_within(predicted, len(self.room)) < self.room[predicted]
         keep = fits.nonzero().flatten()[: self.missing]
         self.room = self.room - torch.bincount(predicted[keep], minlength=len(self.room))
+        self.predicted = self.predicted + torch.bincount(predicted, minlength=len(self.room))
         self.frames.append(frames[keep])
         self.labels.append(predicted[keep])
         self.seen, self.batches, self.missing = self.seen + len(frames), self.batches + 1, self.missing - len(keep)
@@ -283,21 +287,24 @@ def filtered(
     sampling: str = "uniform",  # one of SAMPLINGS
     budget: float = 20.0,  # images looked at, at most, for each one wanted
     checkpoint: Checkpoint = Checkpoint(),  # noqa: B008 (keeps nothing, holds no state)
-) -> ImageSet:  # on the CPU, labelled with the teacher's predictions; provenance: counts, seen, teacher
+) -> ImageSet:  # on the CPU, labelled by the teacher; provenance: counts, seen, predicted (of all seen), seconds, teacher
     "Images spread over the teacher's predicted classes, as far as the budget goes; continues from the checkpoint."
     fresh = dict(room=quotas(count, len(teacher.spec.classes), sampling), missing=count)
     taken = Taken(**(checkpoint.load() or fresh))
     bar = dict(total=count, initial=count - taken.missing, leave=False, delay=1)
+    began = time.perf_counter() - taken.seconds
     with progress(None, "filling the teacher's classes", **bar) as bar:
         for frames in itertools.islice(stream, taken.batches, None):
             frames = to_channels(frames, teacher.spec.channels)
             predicted = predict(teacher, on_device(like(teacher, frames), fabric), fabric)[1].argmax(1)
             bar.update(taken.add(frames, predicted))
+            taken.seconds = time.perf_counter() - began
             if not taken.missing or taken.seen >= budget * count:
                 break
             checkpoint.offer(vars(taken))
     made = like(teacher, torch.cat(taken.frames), torch.cat(taken.labels))
-    return replace(made, provenance={"seen": taken.seen, "counts": made.counts, "teacher": fingerprint(teacher)})
+    looked = dict(seen=taken.seen, predicted=taken.predicted.tolist(), seconds=round(taken.seconds, 1))
+    return replace(made, provenance=looked | {"counts": made.counts, "teacher": fingerprint(teacher)})
 
 # %% ../nbs/08_surrogates.ipynb #cell-41
 def like(teacher: Classifier, frames: UInt8[Tensor, "n c h w"], labels: Int[Tensor, "n"] | None = None) -> ImageSet:

@@ -233,8 +233,9 @@ def _resume(checkpoint: Checkpoint, parts: dict) -> list[dict]:
 
 # %% ../nbs/03_training.ipynb #cell-31
 def glance(images: ImageSet, n: int = 1000) -> ImageSet:
-    "About `n` images spread evenly over the set: enough to draw a curve."
-    return images.subset(torch.arange(0, len(images), max(1, len(images) // n)))
+    "`n` images of the set, or all if it has fewer, drawn once and for all: enough to draw a curve."
+    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
+    return images.subset(drawn.sort().values)
 
 # %% ../nbs/03_training.ipynb #cell-32
 def train_classifier(
