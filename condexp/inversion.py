@@ -504,13 +504,14 @@ class NoisyLayer(FreshGenerator):
         self.embeddings = F.layer_norm(canvas.embeddings.T, (canvas.num_classes,)).T  # each number: mean 0, variance 1
 
     def begin(self, targets):
-        self.given, self.layer = self.embeddings[targets], rank_within(targets, self.canvas.num_classes)
-        shape = int(self.layer.max()) + 1, self.nz, self.given.shape[1]
+        self.targets, self.which = targets, rank_within(targets, self.canvas.num_classes)
+        shape = int(self.which.max()) + 1, self.embeddings.shape[1], self.nz
         self.layers = torch.randn(shape, device=self.canvas.device).requires_grad_()
         self.optimizer = torch.optim.Adam([*self.generator.parameters(), self.layers], self.lr, self.betas)
 
     def images(self):
-        return self.generator(torch.einsum("nd,nzd->nz", self.given, self.layers[self.layer]))
+        z = self.embeddings @ self.layers  # of every class through every layer
+        return self.generator(z[self.which, self.targets])
 
     def state_dict(self):
         return copy.deepcopy({"generator": self.generator.state_dict()})

@@ -23,7 +23,7 @@ from .data import ImageSet
 from .discriminator import frechet_distance, mmd
 from .models import Classifier
 from .surrogates import check_pixels
-from .training import glance, predict
+from .training import drawn, glance, predict
 
 # %% ../nbs/09_quality.ipynb #cell-05
 def relative_entropy(
@@ -91,7 +91,7 @@ def quality_report(
     row = dict(images=len(images), entropy=relative_entropy(counts), counts=counts.tolist())
     row |= {f"coverage at {c}": coverage(logits, c) for c in (0.0, 0.5, 0.9)}
     for space, vectors in (("features", features), ("pixels", x.flatten(1).cpu())):
-        wide, close = spread(vectors[torch.randperm(len(vectors), generator=torch.Generator().manual_seed(1))[:1000]])
+        wide, close = spread(vectors[drawn(len(vectors), 1000)])
         row |= {f"vendi, {space}": vendi_score(vectors), f"pair distance, {space}": wide, f"nearest, {space}": close}
     row |= {"margin": float(margins(logits).median()), "label entropy": float(label_entropy(logits, temperature).mean())}
     if "predicted" in images.provenance:  # what the teacher saw before the classes were filled evenly

@@ -260,10 +260,10 @@ class Taken:
 
     room: Int[Tensor, "k"]  # that is left in each class
     missing: int  # images, altogether
+    predicted: Int[Tensor, "k"]  # how many of those looked at the teacher put into each class
     frames: list[UInt8[Tensor, "m c h w"]] = field(default_factory=list)
     labels: list[Int[Tensor, "m"]] = field(default_factory=list)
     seen: int = 0  # images looked at
-    predicted: Int[Tensor, "k"] | int = 0  # how many of them the teacher put into each class
     batches: int = 0  # of them
     seconds: float = 0.0  # that it took
 
@@ -289,8 +289,8 @@ def filtered(
     checkpoint: Checkpoint = Checkpoint(),  # noqa: B008 (keeps nothing, holds no state)
 ) -> ImageSet:  # on the CPU, labelled by the teacher; provenance: counts, seen, predicted (of all seen), seconds, teacher
     "Images spread over the teacher's predicted classes, as far as the budget goes; continues from the checkpoint."
-    fresh = dict(room=quotas(count, len(teacher.spec.classes), sampling), missing=count)
-    taken = Taken(**(checkpoint.load() or fresh))
+    room = quotas(count, len(teacher.spec.classes), sampling)
+    taken = Taken(**(checkpoint.load() or dict(room=room, missing=count, predicted=torch.zeros_like(room))))
     bar = dict(total=count, initial=count - taken.missing, leave=False, delay=1)
     began = time.perf_counter() - taken.seconds
     with progress(None, "filling the teacher's classes", **bar) as bar:

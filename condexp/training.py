@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'make_fabric', 'on_device', 'rng_state', 'set_rng_state', 'seeded', 'Schedule',
-           'default_schedule', 'onecycle', 'predict', 'accuracy', 'epoch_order', 'fit_epoch', 'fit', 'glance',
+           'default_schedule', 'onecycle', 'predict', 'accuracy', 'epoch_order', 'fit_epoch', 'fit', 'drawn', 'glance',
            'train_classifier']
 
 # %% ../nbs/03_training.ipynb #cell-02
@@ -232,12 +232,16 @@ def _resume(checkpoint: Checkpoint, parts: dict) -> list[dict]:
     return state["history"]
 
 # %% ../nbs/03_training.ipynb #cell-31
+def drawn(count: int, n: int) -> Int[Tensor, " m"]:
+    "Which `n` of `count` things, or all if there are fewer: drawn once and for all, in order."
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:n].sort().values
+
+
 def glance(images: ImageSet, n: int = 1000) -> ImageSet:
     "`n` images of the set, or all if it has fewer, drawn once and for all: enough to draw a curve."
-    drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:n]
-    return images.subset(drawn.sort().values)
+    return images.subset(drawn(len(images), n))
 
-# %% ../nbs/03_training.ipynb #cell-32
+# %% ../nbs/03_training.ipynb #cell-33
 def train_classifier(
     name: str,  # architecture
     splits: Splits,
