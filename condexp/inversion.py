@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from jaxtyping import Float, Int
 from lightning_fabric import Fabric
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .augment import Augment, flippable
@@ -324,6 +325,7 @@ class Source:
 
     optimizer: torch.optim.Optimizer
     learns = False  # from batch to batch, so that warming up pays
+    asks = True  # for the classes in `targets`; else the teacher's answers are the targets of the terms
 
     def begin(self, targets: Int[Tensor, " n"]) -> None:
         raise NotImplementedError
@@ -393,27 +395,23 @@ class FreshGenerator(Source):
         lr_z: float = 1e-3,  # of its inputs
         betas: tuple[float, float] = (0.5, 0.999),
         nz: int = 256,  # numbers in an input
-        conditional: bool = False,  # tell the generator the class; the papers do not
     ):
-        self.canvas, self.nz, self.conditional = canvas, nz, conditional
+        self.canvas, self.nz = canvas, nz
         self.lr, self.lr_z, self.betas = lr, lr_z, betas
 
     def make(self) -> Generator:
         "A generator to start from."
-        classes = self.canvas.num_classes if self.conditional else 0
-        width = min(64, 2 * self.canvas.size)
-        generator = Generator(self.canvas.size, self.canvas.channels, self.nz, classes, width)
+        generator = Generator(self.canvas.size, self.canvas.channels, self.nz, min(64, 2 * self.canvas.size))
         return generator.to(self.canvas.device, memory_format=torch.channels_last).train()
 
     def begin(self, targets):
         self.generator = self.make()
         self.z = torch.randn(len(targets), self.nz, device=self.canvas.device).requires_grad_()
-        self.targets = targets if self.conditional else None
         groups = [{"params": self.generator.parameters()}, {"params": [self.z], "lr": self.lr_z}]
         self.optimizer = torch.optim.Adam(groups, self.lr, self.betas)
 
     def images(self):
-        return self.generator(self.z, self.targets)
+        return self.generator(self.z)
 
 # %% ../nbs/05_inversion.ipynb #cell-54
 class MetaGenerator(FreshGenerator):
@@ -472,18 +470,31 @@ class MetaGenerator(FreshGenerator):
 class KeptGenerator(FreshGenerator):
     "One generator that goes on learning, with new inputs at every step (DAFL, ZSKT, DFQ)."
 
-    learns = True
+    learns, asks = True, False
 
-    def __init__(self, canvas: Canvas, **settings):  # of `FreshGenerator`
+    def __init__(
+        self,
+        canvas: Canvas,
+        draws: int = 4,  # batches out of which the classes asked for are picked
+        **settings,  # of `FreshGenerator`
+    ):
         super().__init__(canvas, **settings)
-        self.generator = self.make()
+        self.draws, self.generator = draws, self.make()
         self.optimizer = torch.optim.Adam(self.generator.parameters(), self.lr, self.betas)
 
     def begin(self, targets):
-        self.count, self.targets = len(targets), targets if self.conditional else None
+        self.count = len(targets)
 
     def images(self):
-        return self.generator(torch.randn(self.count, self.nz, device=self.canvas.device), self.targets)
+        return self.generator(torch.randn(self.count, self.nz, device=self.canvas.device))
+
+    @torch.no_grad()
+    def finish(self, images, targets, teacher):
+        images = torch.cat([images, *(self.images() for _ in range(self.draws - 1))])
+        logits = teacher(images)
+        short = logits.amax(1, keepdim=True) - logits
+        _, picked = linear_sum_assignment(short[:, targets].T.cpu())
+        return images[picked]
 
     def state_dict(self):
         return copy.deepcopy({"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict()})
@@ -492,7 +503,7 @@ class KeptGenerator(FreshGenerator):
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-60
+# %% ../nbs/05_inversion.ipynb #cell-62
 class NoisyLayer(FreshGenerator):
     "A kept generator that is fed class embeddings through layers that are new for every batch (NAYER)."
 
@@ -519,7 +530,7 @@ class NoisyLayer(FreshGenerator):
     def load_state_dict(self, state):
         self.generator.load_state_dict(state["generator"])
 
-# %% ../nbs/05_inversion.ipynb #cell-64
+# %% ../nbs/05_inversion.ipynb #cell-66
 class Memory(nn.Module):
     "A variational auto-encoder of images: what PRE-DFKD remembers of earlier batches."
 
@@ -529,13 +540,13 @@ class Memory(nn.Module):
         down = [nn.Conv2d(canvas.channels, width, 3, 2, 1), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
         down += [nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2), nn.Flatten()]
         self.encoder = nn.Sequential(*down, nn.Linear(2 * width * quarter**2, 2 * nz))
-        self.decoder = Generator(canvas.size, canvas.channels, nz, canvas.num_classes, width)
+        self.decoder = Generator(canvas.size, canvas.channels, nz, width)
         self.nz = nz
 
-    def loss(self, images: Float[Tensor, "n c h w"], targets: Int[Tensor, " n"], teacher) -> Float[Tensor, ""]:
+    def loss(self, images: Float[Tensor, "n c h w"], teacher) -> Float[Tensor, ""]:
         "Reconstruction in pixels and in the teacher's logits, and the latents' divergence from the standard normal."
         mean, log_var = self.encoder(images).chunk(2, dim=1)
-        again = self.decoder(mean + torch.randn_like(mean) * (log_var / 2).exp(), targets)
+        again = self.decoder(mean + torch.randn_like(mean) * (log_var / 2).exp())
         divergence = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(1).mean()
         return F.l1_loss(again, images) + F.l1_loss(teacher(again), teacher(images)) + 1e-5 * divergence
 
@@ -545,12 +556,12 @@ class Memory(nn.Module):
         optimizer = torch.optim.Adam([z], lr)
         for _ in range(steps):
             scatter = (z.var(0) - 1).square().mean() + z.mean(0).square().mean()
-            loss = F.cross_entropy(teacher(self.decoder(z, targets)), targets) + scatter
+            loss = F.cross_entropy(teacher(self.decoder(z)), targets) + scatter
             z.grad, = torch.autograd.grad(loss, z)
             optimizer.step()
-        return self.decoder(z, targets).detach()
+        return self.decoder(z).detach()
 
-# %% ../nbs/05_inversion.ipynb #cell-66
+# %% ../nbs/05_inversion.ipynb #cell-68
 class ReplayGenerator(KeptGenerator):
     "A kept generator, and a memory from which a part of each batch is replayed (PRE-DFKD)."
 
@@ -571,13 +582,14 @@ class ReplayGenerator(KeptGenerator):
         self.batches = 0
 
     def finish(self, images, targets, teacher):
+        images = super().finish(images, targets, teacher)
         count = round(self.share * len(images)) if self.batches else 0
         if count > 1:
-            old, images = torch.randperm(len(images), device=images.device)[:count], images.clone()
+            old = torch.randperm(len(images), device=images.device)[:count]
             images[old] = self.memory.replay(targets[old], teacher, self.tuning, self.lr_tuning)
         for _ in range(self.memory_steps):
             self.memory_optimizer.zero_grad(set_to_none=True)
-            self.memory.loss(images, targets, teacher).backward()
+            self.memory.loss(images, teacher).backward()
             self.memory_optimizer.step()
         self.batches += 1
         return images
@@ -592,7 +604,7 @@ class ReplayGenerator(KeptGenerator):
         self.memory.load_state_dict(state["memory"])
         self.memory_optimizer.load_state_dict(copy.deepcopy(state["memory_optimizer"]))
 
-# %% ../nbs/05_inversion.ipynb #cell-68
+# %% ../nbs/05_inversion.ipynb #cell-70
 @dataclass(frozen=True)
 class Recipe:
     "An inversion method."
@@ -630,7 +642,7 @@ def plain_settings(loss: Callable) -> dict:
     numbers = {k: v for k, v in vars(loss).items() if type(v) in (int, float) and not k.startswith("_")}
     return {"loss": type(loss).__name__, **numbers}
 
-# %% ../nbs/05_inversion.ipynb #cell-70
+# %% ../nbs/05_inversion.ipynb #cell-72
 def reweigh(
     recipe: Recipe,
     **weights: float,  # a new weight for each term named
@@ -640,10 +652,10 @@ def reweigh(
         one_of("terms", name, [t.name for t in recipe.terms])
     return replace(recipe, terms=tuple(replace(t, weight=weights.get(t.name, t.weight)) for t in recipe.terms))
 
-# %% ../nbs/05_inversion.ipynb #cell-71
+# %% ../nbs/05_inversion.ipynb #cell-73
 FAST = Recipe(
     name="fast",
-    source=partial(MetaGenerator, rule="reptile", lr=2e-3, lr_z=1e-2, conditional=True),
+    source=partial(MetaGenerator, rule="reptile", lr=2e-3, lr_z=1e-1),
     terms=(
         Term("bn", 1.0, SmoothedStatistics(momentum=0.9), watches=True),
         Term("one_hot", 1.0, one_hot),
@@ -652,7 +664,7 @@ FAST = Recipe(
     steps=10,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-74
+# %% ../nbs/05_inversion.ipynb #cell-76
 CMI = Recipe(
     name="cmi",
     source=partial(FreshGenerator, lr=1e-3, lr_z=1e-3),
@@ -666,7 +678,7 @@ CMI = Recipe(
     local=Augment(shift=0, crop=0.25),
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-76
+# %% ../nbs/05_inversion.ipynb #cell-78
 DEEPINVERSION = Recipe(
     name="deepinversion",
     source=partial(Pixels, lr=0.1),
@@ -681,26 +693,24 @@ DEEPINVERSION = Recipe(
     augment=Augment(shift=0.0625),
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-78
-_one_generator = partial(KeptGenerator, lr=1e-3, conditional=True)
-
+# %% ../nbs/05_inversion.ipynb #cell-80
 DAFL = Recipe(
     name="dafl",
-    source=_one_generator,
+    source=partial(KeptGenerator, lr=1e-3),
     terms=(Term("one_hot", 1.0, one_hot), Term("activation", 1e-3, activation), Term("balance", 20.0, balance)),
     steps=20,
 )
 
 ZSKT = Recipe(
     name="zskt",
-    source=_one_generator,
-    terms=(Term("one_hot", 3.0, one_hot), Term("adversarial", 1.0, disagreement, warm=True)),
+    source=partial(KeptGenerator, lr=1e-3),
+    terms=(Term("balance", 20.0, balance), Term("adversarial", 1.0, disagreement, warm=True)),
     steps=20,
 )
 
 DFQ = Recipe(
     name="dfq",
-    source=_one_generator,
+    source=partial(KeptGenerator, lr=1e-3),
     terms=(
         Term("bn", 1.0, bn_statistics, watches=True),
         Term("one_hot", 3.0, one_hot),
@@ -710,10 +720,10 @@ DFQ = Recipe(
     steps=20,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-80
+# %% ../nbs/05_inversion.ipynb #cell-82
 PRE_DFKD = Recipe(
     name="pre_dfkd",
-    source=partial(ReplayGenerator, lr=1e-3, conditional=True),
+    source=partial(ReplayGenerator, lr=1e-3),
     terms=(
         Term("one_hot", 1.0, one_hot),
         Term("activation", 0.1, activation),
@@ -723,7 +733,7 @@ PRE_DFKD = Recipe(
     steps=20,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-82
+# %% ../nbs/05_inversion.ipynb #cell-84
 NAYER = Recipe(
     name="nayer",
     source=partial(NoisyLayer, lr=4e-3, nz=1000),
@@ -735,14 +745,14 @@ NAYER = Recipe(
     steps=30,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-83
+# %% ../nbs/05_inversion.ipynb #cell-85
 FAST_FOMAML = replace(FAST, name="fast_fomaml", source=partial(FAST.source, rule="fomaml"))
 
 INVERSIONS: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (FAST, FAST_FOMAML, CMI, DEEPINVERSION, DAFL, ZSKT, DFQ, PRE_DFKD, NAYER)
 }
 
-# %% ../nbs/05_inversion.ipynb #cell-86
+# %% ../nbs/05_inversion.ipynb #cell-88
 @contextmanager
 def quiet(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
@@ -760,7 +770,7 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for p, need in wanted:
             p.requires_grad_(need)
 
-# %% ../nbs/05_inversion.ipynb #cell-88
+# %% ../nbs/05_inversion.ipynb #cell-90
 class Inverter:
     "A recipe at work on one teacher and one student; a context manager."
 
@@ -801,17 +811,19 @@ class Inverter:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../nbs/05_inversion.ipynb #cell-90
+# %% ../nbs/05_inversion.ipynb #cell-92
 @patch
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
+    "What the terms read. Where the source cannot ask for classes, the teacher's answers are the targets."
     n, views = len(images), [augment(images) for augment in self.views]
     x = views[0] if len(views) == 1 else torch.cat(views)
     self.watch.expect(n)
     features, logits = self.teacher.features_logits(x.contiguous(memory_format=torch.channels_last))
     statistics = self.watch.read() if self.watches else None
+    targets = targets if self.source.asks else logits[:n].argmax(1)
     return View(images, targets, views[0], features[:n].float(), logits[:n].float(), self.student, statistics)
 
-# %% ../nbs/05_inversion.ipynb #cell-91
+# %% ../nbs/05_inversion.ipynb #cell-93
 @patch
 def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
     "Each term's value, and the weighted total."
@@ -823,7 +835,7 @@ def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
         total = total + values["alignment"]
     return {**values, "total": total}
 
-# %% ../nbs/05_inversion.ipynb #cell-92
+# %% ../nbs/05_inversion.ipynb #cell-94
 @patch
 def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
     with self.fabric.autocast():
@@ -833,11 +845,10 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
     for memory in self.memories.values():
         memory.step()
     if self.alignment is not None:
-        self.alignment.update(view.features.detach(), targets)
-    agreement = 100 * (view.logits.argmax(1) == targets).float().mean()
-    return view.images.detach(), {name: v.detach() for name, v in values.items()} | {"agreement": agreement}
+        self.alignment.update(view.features.detach(), view.targets)
+    return view.images.detach(), {name: v.detach() for name, v in values.items()}
 
-# %% ../nbs/05_inversion.ipynb #cell-94
+# %% ../nbs/05_inversion.ipynb #cell-96
 @patch
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
@@ -852,9 +863,12 @@ def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self._record(list(values), torch.stack(rows).tolist())
     for memory in self.memories.values():
         memory.finish()
-    return self.source.finish(best.clamp(0, 1), targets, self.teacher).clamp(0, 1)
+    images = self.source.finish(best.clamp(0, 1), targets, self.teacher).clamp(0, 1)
+    with torch.no_grad(), self.fabric.autocast():
+        self.losses[-1]["agreement"] = 100 * float((self.teacher(images).argmax(1) == targets).float().mean())
+    return images
 
-# %% ../nbs/05_inversion.ipynb #cell-95
+# %% ../nbs/05_inversion.ipynb #cell-97
 @patch
 def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     for row in rows:
@@ -863,11 +877,9 @@ def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
                 where = f"the term '{name}' of {self.recipe.name} is {value}"
                 raise FloatingPointError(f"{where}: lower its weight or the learning rate of the recipe's source")
     self.trace = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-    mean = {name: sum(values) / len(rows) for name, values in self.trace.items()}
-    best = min(range(len(rows)), key=self.trace["total"].__getitem__)
-    self.losses.append({**mean, "agreement": self.trace["agreement"][best]})
+    self.losses.append({name: sum(values) / len(rows) for name, values in self.trace.items()})
 
-# %% ../nbs/05_inversion.ipynb #cell-96
+# %% ../nbs/05_inversion.ipynb #cell-98
 @patch
 def synthesise(
     self: Inverter,
@@ -878,7 +890,7 @@ def synthesise(
     with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
-# %% ../nbs/05_inversion.ipynb #cell-98
+# %% ../nbs/05_inversion.ipynb #cell-100
 @patch
 def state_dict(self: Inverter) -> dict:
     "Everything that is kept from batch to batch, as tensors and plain values."

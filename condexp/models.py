@@ -23,7 +23,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
@@ -449,19 +449,15 @@ class Generator(nn.Module):
         size: int,  # pixels
         channels: int,
         nz: int = 256,  # length of a latent
-        num_classes: int = 0,  # 0: not told the class; else how many there are
         ngf: int = 64,  # channels before the last layer, twice as many before that
     ):
         super().__init__()
-        self.size, self.nz, self.num_classes, self.start = size, nz, num_classes, -(-size // 4)
-        self.embed = nn.Embedding(num_classes, nz) if num_classes else None
-        self.project = nn.Linear(nz * (2 if num_classes else 1), 2 * ngf * self.start**2)
+        self.size, self.nz, self.start = size, nz, -(-size // 4)
+        self.project = nn.Linear(nz, 2 * ngf * self.start**2)
         last = nn.Conv2d(ngf, channels, 3, 1, 1)
         self.body = nn.Sequential(nn.BatchNorm2d(2 * ngf), *_doubling(2 * ngf, 2 * ngf), *_doubling(2 * ngf, ngf), last)
 
-    def forward(self, z: Float[Tensor, "n nz"], y: Int[Tensor, " n"] | None = None) -> Float[Tensor, "n c h w"]:
-        "Images for latents `z` (standard normal) and, if conditional, classes `y`."
-        if self.embed is not None:
-            z = torch.cat([z, self.embed(y)], dim=1)
+    def forward(self, z: Float[Tensor, "n nz"]) -> Float[Tensor, "n c h w"]:
+        "Images for latents `z` (standard normal)."
         x = self.project(z).view(len(z), -1, self.start, self.start).contiguous(memory_format=torch.channels_last)
         return torch.sigmoid(self.body(x))[..., : self.size, : self.size]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['relative_entropy', 'coverage', 'vendi_score', 'spread', 'margins', 'label_entropy', 'quality_report', 'quality_table',
-           'plot_quality', 'nearest_distance', 'closer_than_unseen', 'plot_nearest', 'losses', 'membership_auc']
+           'plot_quality', 'nearest', 'one_sided', 'closer_than_unseen', 'plot_nearest', 'losses', 'membership_auc']
 
 # %% ../nbs/09_quality.ipynb #cell-02
 import math
@@ -125,39 +125,55 @@ def plot_quality(rows: dict[str, dict]) -> Figure:  # name -> its row
     return figure
 
 # %% ../nbs/09_quality.ipynb #cell-21
-def nearest_distance(
+def nearest(
     images: ImageSet,
     reference: ImageSet,
+    k: int = 2,  # neighbours of each image
     batch_size: int = 256,
-) -> Float[Tensor, "n"]:  # on the CPU; 0: a copy
-    "The root mean square pixel difference of each image to its nearest one in `reference`. `ValueError` for sets of other shapes."
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:  # on the CPU, nearest first: distances (0: a copy), and places in `reference`
+    "The images of `reference` nearest to each image, by root mean square pixel difference. `ValueError` for sets of other shapes."
     if (images.channels, images.size) != (reference.channels, reference.size):
         raise ValueError(f"{images} and {reference} differ in size or channels")
-    device, parts = reference.images.device, []
+    device, found = reference.images.device, []
     index = torch.arange(len(reference), device=device)
     for x in images.batch().flatten(1).to(device).split(batch_size):
-        nearest = [torch.cdist(x, reference.batch(i).flatten(1)).min(1).values for i in index.split(8192)]
-        parts.append(torch.stack(nearest).min(0).values / x.shape[1] ** 0.5)
-    return torch.cat(parts).cpu()
+        parts = [torch.cdist(x, reference.batch(i).flatten(1)).topk(min(k, len(i)), largest=False) for i in index.split(8192)]
+        distances = torch.cat([p.values for p in parts], 1)
+        places = torch.cat([p.indices + 8192 * n for n, p in enumerate(parts)], 1)
+        order = distances.topk(k, largest=False).indices
+        found.append((distances.gather(1, order) / x.shape[1] ** 0.5, places.gather(1, order)))
+    distances, places = zip(*found, strict=True)
+    return torch.cat(distances).cpu(), torch.cat(places).cpu()
+
+
+def one_sided(distances: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:  # 0: a copy; 1: no image stands out
+    "The distance to the nearest image divided by that to the second nearest."
+    return distances[:, 0] / distances[:, 1].clamp(min=1e-9)
 
 # %% ../nbs/09_quality.ipynb #cell-23
 def closer_than_unseen(
-    distances: Float[Tensor, "n"],  # of a set to the training images
-    unseen: Float[Tensor, "m"],  # of held-out images to the same
+    measured: Float[Tensor, " n"],  # distances of a set to the training images, or how one-sided they are
+    unseen: Float[Tensor, " m"],  # the same of held-out images
 ) -> float:  # percent; 5 is what unseen images themselves have
-    "How many images lie closer to a training image than 95 of 100 held-out images do."
-    return 100 * float((distances < unseen.quantile(0.05)).float().mean())
+    "How many images lie closer to a training image than 95 of 100 held-out images do, by one of the two measures."
+    return 100 * float((measured < unseen.quantile(0.05)).float().mean())
 
 # %% ../nbs/09_quality.ipynb #cell-24
 def plot_nearest(
-    distances: dict[str, Float[Tensor, "n"]],  # name -> of `nearest_distance`
+    distances: dict[str, Float[Tensor, "n k"]],  # name -> of `nearest`
 ) -> Figure:
-    "The distribution of each set's distances to the nearest training image."
-    figure, ax = plt.subplots(figsize=(7.5, 0.8 + 0.42 * len(distances)), layout="constrained")
-    rows = [pd.DataFrame({"distance": d.numpy(), "set": name}) for name, d in distances.items()]
+    "Each set's distances to the nearest training image, and how one-sided they are."
+    size = (10, 0.8 + 0.42 * len(distances))
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
+    named = {
+        "distance to the nearest training image\n(root mean square, pixels in [0, 1])": lambda d: d[:, 0],
+        "the same, divided by the distance\nto the second nearest": one_sided,
+    }
     style = dict(hue="set", legend=False, palette="colorblind", whis=(5, 95), fliersize=2)
-    sns.boxplot(pd.concat(rows), x="distance", y="set", ax=ax, **style)
-    ax.set(xlabel="distance to the nearest training image (root mean square, pixels in [0, 1])", ylabel="", xlim=(-0.005, None))
+    for ax, (label, measure) in zip(axes, named.items(), strict=True):
+        rows = [pd.DataFrame({"measured": measure(d).numpy(), "set": name}) for name, d in distances.items()]
+        sns.boxplot(pd.concat(rows), x="measured", y="set", ax=ax, **style)
+        ax.set(xlabel=label, ylabel="", xlim=(-0.005, None))
     plt.close(figure)
     return figure
 
