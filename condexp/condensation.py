@@ -257,7 +257,7 @@ class DM(Condenser):
     "Distribution matching (Zhao & Bilen 2023): images with the class means of real ones in random embeddings."
 
     network: str = "convnet3_w64"
-    lr: float = 0.5  # of normalised pixels and one image per class
+    lr: float = 0.1  # of normalised pixels and one image per class
     momentum: float = 0.5
     real: int = 32  # real images of each class a step; at least two for each synthetic one, up to 256
 

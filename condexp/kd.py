@@ -21,7 +21,7 @@ from torch import Tensor
 from .augment import AUGMENTATIONS, mixup
 from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
 from .data import ImageSet, pack, unpack
-from .discriminator import class_frechet, class_mmd, class_variance, guidance, make_alignment, named_alignment
+from .discriminator import class_frechet, class_mmd, class_variance, guidance, make_alignment, named_alignment, thinned_frechet
 from .inversion import INVERSIONS, Inverter
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
 from .training import Schedule, accuracy, glance, on_device, onecycle, predict, rng_state, seeded, set_rng_state
@@ -303,13 +303,17 @@ def pool_quality(
     fabric: Fabric,
     most: int = 5000,  # real images used
 ) -> dict[str, float]:
-    "The pool's teacher features against real ones, class by class, and the percentage the teacher assigns to the asked class."
+    """The pool's teacher features against real ones, class by class, and the percentage the teacher assigns to the asked class.
+
+    `frechet_1` and `frechet_10` are of as many images per class: only these compare sets of different sizes.
+    """
     chosen = torch.randperm(len(real), device=real.images.device)[:most]
     real = real.subset(chosen)
     (f, z), (g, _) = predict(teacher, pool, fabric), predict(teacher, real, fabric)
     asked, true = pool.hard_labels.cpu(), real.hard_labels.cpu()
-    agreement = (z.argmax(1) == asked).float().mean() * 100
-    return dict(
+    agreement, fewest = (z.argmax(1) == asked).float().mean() * 100, int(asked.bincount()[asked.unique()].min())
+    thinned = {f"frechet_{n}": thinned_frechet(f, asked, g, true, n) for n in (1, 10) if n <= fewest}
+    return thinned | dict(
         class_frechet=float(class_frechet(f, asked, g, true)),
         class_mmd=float(class_mmd(f, asked, g, true)),
         class_variance=float(class_variance(f, asked, g, true)),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARM_ORDER', 'ARM_COLOURS', 'ARM_MARKERS', 'TABLE', 'environment', 'peak_memory', 'write_record', 'curves',
            'record_rows', 'read_records', 'plus_minus', 'paired', 'best_rival', 'scale', 'plot_students',
-           'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_arms', 'in_words', 'arm_table', 'plot_accuracies']
+           'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_arms', 'in_words', 'fair_frechet', 'arm_table',
+           'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import json
@@ -92,6 +93,8 @@ def record_rows(record: dict, file: str) -> list[dict]:
     if "settings" in record:
         common["schedule"] = "{epochs} epochs of {steps} steps of {batch_size} images".format(**record["settings"])
         common["temperature"] = record["settings"]["temperature"]  # what 0 came to
+        if steps := record["settings"].get("inversion_steps"):  # the method's own where it is 0
+            common["schedule"] += f", {steps} generator steps a batch for {record['settings']['inversion']}"
     per_set = {name: record.get(name, {}) for name in ("images", "steps")}
     rows = []
     for name, value in record["accuracy"].items():
@@ -301,18 +304,24 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
         f"Frechet distance {b:.1f} against {a:.1f}. The teacher sees the asked class in {agree:.0f} % of it."
     ]
     if given := distances.get("condensed"):
-        c, seen = given["class_frechet"], given["agreement"]
-        lines.append(f"The condensed images, which guide it, lie at {c:.1f}; the teacher sees the class of {seen:.0f} % of them.")
-        if c > a:
-            lines.append("That is farther than the unguided pool: guidance towards them need not lead towards real images.")
+        lines.append(f"The teacher sees the class of {given['agreement']:.0f} % of the condensed images, which guide it.")
+        few = fair_frechet(distances)
+        if few and distances["condensed"][few] > distances["mixed"][few]:
+            lines.append("They lie farther from real images than as many of the unguided pool: guidance may lead away.")
     return lines
+
+
+def fair_frechet(distances: dict[str, dict[str, float]]) -> str | None:
+    "The Frechet distance that all sets of a record have, of as many images as the smallest allows; none in older records."
+    return next((few for few in ("frechet_10", "frechet_1") if all(few in d for d in distances.values())), None)
 
 # %% ../nbs/11_records.ipynb #cell-40
 TABLE = dict(  # entry of a record: column, format
     accuracy=("accuracy (%)", "{:.1f}"),
     images=("images", "{:,.0f}"),
     steps=("student steps", "{:,.0f}"),
-    class_frechet=("Frechet to real", "{:.2f}"),
+    frechet_10=("Frechet to real, 10 a class", "{:.2f}"),
+    frechet_1=("Frechet to real, 1 a class", "{:.2f}"),
     class_mmd=("MMD to real", "{:.3f}"),
     class_variance=("variance (% of real)", "{:.0f}"),
     agreement=("teacher agrees (%)", "{:.0f}"),
@@ -322,13 +331,14 @@ TABLE = dict(  # entry of a record: column, format
 def arm_table(record: dict) -> pd.DataFrame:
     "The record's arms as a table of text: accuracy, images, steps, distances of the pool to real images."
     distances = record.get("distances", {})
+    hidden = {"frechet_10", "frechet_1"} - {fair_frechet(distances)}
     rows = {
         arm: dict(accuracy=value, images=record["images"][arm], steps=record["steps"][arm]) | distances.get(arm, {})
         for arm, value in record["accuracy"].items()
     }
     return pd.DataFrame({
         column: {arm: form.format(row[name]) if name in row else "–" for arm, row in rows.items()}
-        for name, (column, form) in TABLE.items() if any(name in row for row in rows.values())
+        for name, (column, form) in TABLE.items() if name not in hidden and any(name in row for row in rows.values())
     })
 
 # %% ../nbs/11_records.ipynb #cell-42
