@@ -114,7 +114,7 @@ class View:
     "One batch of synthetic images as teacher and student see it."
 
     images: Float[Tensor, "n c h w"]  # as the source made them
-    targets: Int[Tensor, " n"]  # the classes asked for
+    targets: Int[Tensor, " n"]  # the classes asked for; the teacher's answers, where the source cannot ask
     seen: Float[Tensor, "n c h w"]  # augmented: the global view, which teacher and student saw
     features: Float[Tensor, "n d"]  # the teacher's, penultimate
     logits: Float[Tensor, "n k"]  # the teacher's

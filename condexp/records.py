@@ -297,7 +297,8 @@ def in_words(record: dict) -> str:
 def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
     if not {"mixed", "expanded"} <= distances.keys():
         return []
-    a, b = (distances[arm]["class_frechet"] for arm in ("mixed", "expanded"))
+    few = fair_frechet(distances)
+    a, b = (distances[arm][few] for arm in ("mixed", "expanded"))
     agree, where = distances["expanded"]["agreement"], "nearer to" if b < a else "farther from"
     lines = [
         f"In the teacher's features the guided pool lies {where} the real images than the unguided one: per-class "
@@ -305,15 +306,14 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
     ]
     if given := distances.get("condensed"):
         lines.append(f"The teacher sees the class of {given['agreement']:.0f} % of the condensed images, which guide it.")
-        few = fair_frechet(distances)
-        if few and distances["condensed"][few] > distances["mixed"][few]:
+        if given[few] > a:
             lines.append("They lie farther from real images than as many of the unguided pool: guidance may lead away.")
     return lines
 
 
-def fair_frechet(distances: dict[str, dict[str, float]]) -> str | None:
-    "The Frechet distance that all sets of a record have, of as many images as the smallest allows; none in older records."
-    return next((few for few in ("frechet_10", "frechet_1") if all(few in d for d in distances.values())), None)
+def fair_frechet(distances: dict[str, dict[str, float]]) -> str:
+    "The Frechet distance that compares all sets of a record: of ten images per class, or of one where a set has fewer."
+    return "frechet_10" if all("frechet_10" in d for d in distances.values()) else "frechet_1"
 
 # %% ../nbs/11_records.ipynb #cell-40
 TABLE = dict(  # entry of a record: column, format
