@@ -30,7 +30,7 @@ class WalkSettings:
     "How walks go. Contradictory values are refused."
 
     steps: int = 100  # tries at most, taken back or not, before the boundary
-    beyond: int = 10  # tries into each class, from either side of it
+    beyond: int = 1  # steps deeper into each class, from either side of the boundary
     first: float = 0.02  # length of the first step, root mean square pixels in [0, 1]
     grow: float = 1.2
     shrink: float = 0.5
@@ -122,12 +122,19 @@ def cross(logits: Logits, x: Float[Tensor, "n c h w"], targets: Int[Tensor, "n"]
 
 # %% ../nbs/10_boundary.ipynb #cell-16
 def push(logits: Logits, x: Tensor, targets: Int[Tensor, "n"], settings: WalkSettings) -> Float[Tensor, "n c h w"]:
-    "Images `x` some steps deeper in their classes."
-    loss, slope, predicted = look(logits, x, targets)
-    w = Walkers(x, loss, slope, torch.full((len(x),), settings.first, device=x.device), predicted)
+    "Images `x`, `beyond` steps deeper in their classes; a step that would go uphill is tried again, shorter, ten times."
     for _ in range(settings.beyond):
-        w = stride(w, logits, targets, settings)
-    return w.x
+        loss, slope, _ = look(logits, x, targets)
+        length = torch.full((len(x), 1, 1, 1), settings.first, device=x.device)
+        for _ in range(10):
+            further = (x - length * slope).clamp(settings.low, settings.high)
+            with torch.no_grad():
+                falls = (F.cross_entropy(logits(further).float(), targets, reduction="none") < loss).view(-1, 1, 1, 1)
+            if falls.all():
+                break
+            length = torch.where(falls, length, settings.shrink * length)
+        x = torch.where(falls, further, x)
+    return x
 
 # %% ../nbs/10_boundary.ipynb #cell-18
 def attack(
@@ -174,10 +181,11 @@ def attacked(
     config |= dict(targets=targets, walk=asdict(settings))
 
     def compute(checkpoint: Checkpoint) -> ImageSet:
+        of = {what: how for what, how in images.provenance.items() if what in ("surrogate", "method")}
         with seeded(seed):
             goals = destinations(predict(teacher, images, fabric)[1].argmax(1), len(teacher.spec.classes), targets)
         made = walk_all(images, goals, teacher, fabric, settings, batch_size, checkpoint)
-        return replace(made, provenance=made.provenance | {"attacked": images.provenance.get("surrogate", "")})
+        return replace(made, provenance=made.provenance | of | {"attacked": True})
 
     return cached("attacked", config, compute, lambda path, made: made.save(path), ImageSet.load)
 

@@ -81,12 +81,12 @@ def quality_report(
     real: ImageSet | None = None,  # real images of the teacher's classes, where they are at hand
     boundary: Float[Tensor, "n"] | None = None,  # distances of images to the boundary, of `boundary.boundary_distance`
     near: float = 0.02,  # what of them counts as near
-    most: int = 2000,  # images looked at
+    most: int = 2000,  # images that distances and Vendi scores are of; predictions are those of all
 ) -> dict:  # a tidy row
     "Every measure of this room. `ValueError` for images that are not numbers or show nothing."
-    few = glance(check_pixels(images, "images"), most)
-    x = few.batch()
-    features, logits = predict(teacher, few, fabric)
+    features, logits = predict(teacher, check_pixels(images, "images"), fabric)
+    some = drawn(len(images), most)
+    features, x = features[some], images.batch(some.to(images.images.device))
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     row = dict(images=len(images), entropy=relative_entropy(counts), counts=counts.tolist())
     row |= {f"coverage at {c}": coverage(logits, c) for c in (0.0, 0.5, 0.9)}

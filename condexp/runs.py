@@ -6,11 +6,12 @@
 __all__ = ['EVALUATE', 'NO_DATA', 'Run', 'text', 'RunTraining', 'known_model', 'RunTeacher', 'positive', 'RunCondense',
            'RunDistil', 'listed', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set', 'RunSurrogate',
            'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data', 'scored', 'shortly',
-           'open_teacher', 'held_out', 'check_ipc', 'condensed_set', 'arm_sources', 'transfer_source', 'open_transfer',
-           'transfer_set', 'set_name', 'set_distillation', 'distillation', 'teacher_schedule', 'evaluation_schedule',
-           'write_made']
+           'open_teacher', 'held_out', 'check_ipc', 'condensed_set', 'arm_sources', 'transfer_source', 'related_words',
+           'open_transfer', 'transfer_set', 'set_name', 'overlap_lines', 'set_distillation', 'distillation',
+           'teacher_schedule', 'evaluation_schedule', 'write_made']
 
 # %% ../nbs/12_runs.ipynb #cell-02
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,7 +31,8 @@ from .inversion import INVERSIONS
 from .kd import ARMS, COMPARED, LABELS, ArmResult, Distillation, teacher_set
 from .models import PENULTIMATE, Classifier, at_layer, check_model, load_classifier, make_classifier, save_classifier
 from .shaders import BACKENDS, gl_context
-from .surrogates import PARTS, RELATED, SAMPLINGS, SURROGATES, by_overlap, class_words, overlap, surrogate
+from .surrogates import PARTS, RELATED, SAMPLINGS, SURROGATES, by_overlap, class_words, described, overlap, own_settings
+from .surrogates import surrogate, synthetic
 from .training import DEVICES, PRECISIONS, Schedule, accuracy, default_schedule, make_fabric, on_device, train_classifier
 
 # %% ../nbs/12_runs.ipynb #cell-05
@@ -233,6 +235,7 @@ class RunQuality(Run):
     sampling: str
     budget: float
     part: str
+    related: str
     programs: int
     backend: str
     shader_folder: str
@@ -250,6 +253,11 @@ class RunQuality(Run):
         one_of("sampling", self.sampling, SAMPLINGS)
         positive("budget", self.budget)
         one_of("part", self.part, PARTS)
+        if self.part != "all" and (self.surrogate in (*SURROGATES, "original") or self.surrogate.endswith(".safetensors")):
+            refuse("part", self.part, "only a data set's name or path has classes of its own to choose from")
+        text("related", self.related, empty=True)
+        if self.related and not Path(self.related).is_file():
+            refuse("related", self.related, "there is no such file")
         whole("programs", self.programs, 1)
         one_of("backend", self.backend, BACKENDS)
         text("shader_folder", self.shader_folder, empty=True)
@@ -308,6 +316,7 @@ class RunFeatures(Run):
     "Parameters of `paper_b_features`."
 
     teacher: str
+    photographs: str
     images: int
     programs: int
     backend: str
@@ -315,6 +324,8 @@ class RunFeatures(Run):
     def __post_init__(self):
         super().__post_init__()
         known_model("teacher", self.teacher)
+        if self.photographs and not known_dataset(text("photographs", self.photographs)):
+            refuse("photographs", self.photographs, "it must be a data set's name or path")
         whole("images", self.images, 1)
         whole("programs", self.programs, 1)
         one_of("backend", self.backend, BACKENDS)
@@ -437,8 +448,9 @@ def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[
 
 # %% ../nbs/12_runs.ipynb #cell-55
 def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
-    "What a run's transfer set is made of: a surrogate's name, or real images, or those of a saved set."
+    "What a run's transfer set is made of: a surrogate's name, or real images, or those of a saved set; refused if unreadable."
     if run.surrogate in SURROGATES:
+        described(own_settings(run.surrogate, vars(run)))
         return run.surrogate
     if run.surrogate == "original":
         return train
@@ -450,10 +462,25 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
         refuse("surrogate", Path(run.surrogate).name, f"its size, {images.size}, must be that of dataset, {train.size}")
     if run.part == "all":
         return images
-    related = {name: RELATED.get(name, (name,)) for name in train.classes}
-    inside, outside = by_overlap(images, list(overlap(class_words(run.surrogate, images.classes), related)))
-    chosen = inside if run.part == "in" else outside
-    return chosen if len(chosen) else refuse("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
+    words = class_words(run.surrogate, images.classes)
+    found = overlap(words, related_words(run, train))
+    chosen = by_overlap(images, list(found))[run.part == "out"]
+    if not len(chosen):
+        refuse("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
+    return replace(chosen, provenance=chosen.provenance | {"overlap": {words[name]: known for name, known in found.items()}})
+
+
+def related_words(run: RunQuality, train: ImageSet) -> dict[str, Sequence[str]]:
+    "What names each of the teacher's classes in another set: of the JSON file `related`, or `RELATED`, or their own names."
+    if not run.related:
+        return {name: RELATED.get(name, (name,)) for name in train.classes}
+    try:
+        table = {name: list(words) for name, words in json.loads(Path(run.related).read_text()).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        refuse("related", Path(run.related).name, f"it must be JSON, a list of words for each class ({error})")
+    if unknown := sorted(set(table) - set(train.classes)):
+        refuse("related", Path(run.related).name, f"dataset has no classes {', '.join(unknown)}")
+    return table
 
 # %% ../nbs/12_runs.ipynb #cell-58
 def open_transfer(run: RunSurrogate) -> tuple[Fabric, Splits, Splits, str | ImageSet]:
@@ -475,15 +502,22 @@ def set_name(run: RunQuality) -> str:
     name = Path(run.surrogate).name.split(".")[0]
     return name if run.part == "all" else f"{name}, {run.part} of distribution"
 
+
+def overlap_lines(images: ImageSet) -> str:
+    "Of a part of a set: a line for each class of the teacher, and what of the set shows it. Of any other set: nothing."
+    found = images.provenance.get("overlap", {})
+    shown = {known: [name for name, of in found.items() if of == known] for known in found.values()}
+    return "".join(f"* {known}: {'; '.join(names)}\n" for known, names in shown.items())
+
 # %% ../nbs/12_runs.ipynb #cell-61
-def set_distillation(run: RunSurrogate, train: ImageSet) -> Distillation:
-    "How a run distils from its set; a temperature of 0 is 2 for real images and 20 for synthetic ones (Paper B)."
+def set_distillation(run: RunSurrogate, train: ImageSet, source: str | ImageSet) -> Distillation:
+    "How a run distils from its source; a temperature of 0 is 2 for real images and 20 for synthetic ones (Paper B)."
     small = len(train) <= 5000
     return Distillation(
         epochs=run.epochs or (20 if small else 40),
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
-        temperature=float(run.temperature) or (20.0 if run.surrogate in SURROGATES else 2.0),
+        temperature=float(run.temperature) or (20.0 if synthetic(source) else 2.0),
         labels=run.labels,
         augmentation=run.augmentation,
         mixup=run.mixup,

@@ -525,7 +525,8 @@ def draw(source: str, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 
 def render(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by OpenGL: what `evaluate` gives, up to rounding."
     source = FRAGMENT.format(frames=FRAMES, helpers=HELPERS, body=to_glsl(program), size=size)
-    return torch.cat([draw(source, part, size) for part in times.split(FRAMES)])
+    most = min(FRAMES, gl_context().info["GL_MAX_RENDERBUFFER_SIZE"] // size)
+    return torch.cat([draw(source, part, size) for part in times.split(most)])
 
 
 BACKENDS = {"opengl": render, "torch": evaluate}
