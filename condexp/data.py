@@ -6,7 +6,7 @@
 __all__ = ['Parts', 'Entry', 'TORCHVISION', 'ImageSet', 'pack', 'unpack', 'show_images', 'minival', 'random_per_class',
            'rank_within', 'decode', 'Unusable', 'read_images', 'folder_files', 'folder_entries', 'archive_entries',
            'Splits', 'arrange', 'class_names', 'channel_statistics', 'make_splits', 'vision_entries', 'content_hash',
-           'known_dataset', 'load_splits']
+           'known_dataset', 'load_splits', 'load_images']
 
 # %% ../nbs/00_data.ipynb #cell-02
 import bz2
@@ -519,8 +519,11 @@ def content_hash(path: Path) -> str:  # 16 hexadecimal digits
 # %% ../nbs/00_data.ipynb #cell-79
 def _from_path(path: Path, config: dict, size: int) -> Splits:
     "The class folders in a folder or an archive."
-    entries = functools.partial(archive_entries if path.is_file() else folder_entries, path)
-    return make_splits(*read_images(entries, size), config)
+    return make_splits(*_read_path(path, size), config)
+
+
+def _read_path(path: Path, size: int) -> tuple[list[Parts], UInt8[Tensor, "n c size size"]]:
+    return read_images(functools.partial(archive_entries if path.is_file() else folder_entries, path), size)
 
 # %% ../nbs/00_data.ipynb #cell-81
 def _named(dataset: str) -> str | None:
@@ -567,6 +570,29 @@ def load_splits(
         refuse("dataset", dataset, "there is no such folder or archive")
     try:
         return _load(name, path, size).to(device)
+    except Unusable as error:
+        problem = str(error)
+    refuse("dataset", dataset, problem)
+
+# %% ../nbs/00_data.ipynb #cell-95
+def load_images(
+    dataset: str,  # as for `load_splits`, but the images of a path may lie in any folders, or in none
+    size: int,  # pixels; 0 = the set's own
+) -> ImageSet:  # of a path: all images, as one class
+    "Images whatever they show: the training part of a set that has a name, or everything that a path holds."
+    path = Path(dataset).expanduser()
+    if _named(dataset) or not path.exists():
+        return load_splits(dataset, size).train
+    config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "part": "everything"}
+
+    def make(checkpoint) -> ImageSet:
+        paths, images = _read_path(path, size)
+        order = sorted(range(len(paths)), key=paths.__getitem__)
+        labels = torch.zeros(len(order), dtype=torch.long)
+        return ImageSet(images[order], labels, ("image",), *channel_statistics(images), config)
+
+    try:
+        return cached("images", config, make, lambda p, images: images.save(p), ImageSet.load)
     except Unusable as error:
         problem = str(error)
     refuse("dataset", dataset, problem)

@@ -6,9 +6,9 @@
 __all__ = ['EVALUATE', 'NO_DATA', 'Run', 'text', 'RunTraining', 'known_model', 'RunTeacher', 'positive', 'RunCondense',
            'RunDistil', 'listed', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set', 'RunSurrogate',
            'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data', 'scored', 'shortly',
-           'open_teacher', 'held_out', 'check_ipc', 'condensed_set', 'arm_sources', 'transfer_source', 'related_words',
-           'open_transfer', 'transfer_set', 'set_name', 'overlap_lines', 'set_distillation', 'distillation',
-           'teacher_schedule', 'evaluation_schedule', 'write_made']
+           'open_teacher', 'held_out', 'check_ipc', 'condensed_set', 'arm_sources', 'transfer_source', 'part_of',
+           'related_words', 'open_transfer', 'transfer_set', 'set_name', 'overlap_lines', 'set_distillation',
+           'distillation', 'teacher_schedule', 'evaluation_schedule', 'write_made']
 
 # %% ../nbs/12_runs.ipynb #cell-02
 import json
@@ -25,7 +25,7 @@ from lightning_fabric import Fabric
 from .augment import AUGMENTATIONS
 from .cache import config_hash, one_of, refuse, whole
 from .condensation import CONDENSERS, EVALUATION, NORMALISATIONS, check_condenser, condense, load_condensed
-from .data import ImageSet, Splits, known_dataset, load_splits, minival, random_per_class
+from .data import ImageSet, Splits, known_dataset, load_images, load_splits, minival, random_per_class
 from .discriminator import named_alignment
 from .inversion import INVERSIONS
 from .kd import ARMS, COMPARED, LABELS, ArmResult, Distillation, teacher_set
@@ -454,14 +454,18 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
         return run.surrogate
     if run.surrogate == "original":
         return train
-    if run.surrogate.endswith(".safetensors"):
-        images = ImageSet.load(run.surrogate)
-    else:
-        images = load_splits(run.surrogate, train.size).train
+    if run.part != "all":
+        return part_of(run, train)
+    saved = run.surrogate.endswith(".safetensors")
+    images = ImageSet.load(run.surrogate) if saved else load_images(run.surrogate, train.size)
     if images.size != train.size:
         refuse("surrogate", Path(run.surrogate).name, f"its size, {images.size}, must be that of dataset, {train.size}")
-    if run.part == "all":
-        return images
+    return images
+
+
+def part_of(run: RunQuality, train: ImageSet) -> ImageSet:
+    "Of a set with classes, those that overlap with the teacher's, or the others."
+    images = load_splits(run.surrogate, train.size).train
     words = class_words(run.surrogate, images.classes)
     found = overlap(words, related_words(run, train))
     chosen = by_overlap(images, list(found))[run.part == "out"]
