@@ -304,11 +304,13 @@ class RunBoundary(RunSurrogate):
     without_data = False
     targets: int
     attack_steps: int
+    beyond: int
 
     def __post_init__(self):
         super().__post_init__()
         whole("targets", self.targets, 0)
         whole("attack_steps", self.attack_steps, 1)
+        whole("beyond", self.beyond, 0)
 
 # %% ../nbs/12_runs.ipynb #cell-30
 @dataclass(frozen=True)
