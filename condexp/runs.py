@@ -506,7 +506,7 @@ def transfer_set(run: RunQuality, source: str | ImageSet, teacher: Classifier, f
 def set_name(run: RunQuality) -> str:
     "What a run's transfer set is called in tables."
     name = Path(run.surrogate).name.split(".")[0]
-    return name if run.part == "all" else f"{name}, {run.part} of distribution"
+    return name + {"all": "", "in": ", in distribution", "out": ", out of distribution"}[run.part]
 
 
 def overlap_lines(images: ImageSet) -> str:
