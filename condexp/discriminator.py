@@ -273,7 +273,7 @@ def r1_penalty(
 @dataclass(frozen=True)
 class AlignmentSettings:
     "How an alignment works; `alignment_settings` gives the defaults."
-    weight: float = 1.0  # of the term in the generator's loss
+    weight: float = 0.3  # of the term in the generator's loss
     views: int = 50  # augmented views of each condensed image in the bank
     hidden: int = 64  # units of the discriminator
     steps: int = 5  # of the discriminator for each of the generator's
