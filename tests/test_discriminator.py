@@ -14,7 +14,7 @@ def distances(arm, seed, teacher, digits, fabric):
 
 def test_alignment_lowers_the_distance_to_real_images_within_a_class(teacher, digits, fabric):
     mixed, expanded = (
-        [distances(arm, seed, teacher, digits, fabric).distances for seed in range(3)] for arm in ("mixed", "expanded")
+        [distances(arm, seed, teacher, digits, fabric).distances for seed in range(2)] for arm in ("mixed", "expanded")
     )
     assert sum(e["class_frechet"] for e in expanded) < 0.8 * sum(m["class_frechet"] for m in mixed)
     assert all(e["agreement"] > 60 for e in expanded)

@@ -70,7 +70,7 @@ def taught_by_noise(trained, digits, budget, fabric):
 
 
 @pytest.mark.parametrize("inversion", INVERSIONS)
-def test_a_pool_teaches_far_better_than_noise(inversion, taught_by_noise, teacher, digits, budget, fabric):
+def test_a_pool_shows_its_classes_and_teaches_far_better_than_noise(inversion, taught_by_noise, teacher, digits, budget, fabric):
     settings = replace(budget, inversion=inversion, inversion_steps=min(60, INVERSIONS[inversion].steps))
     result = distil("inversion", teacher, "wrn_10_1", {}, digits, settings, 0, fabric)
     assert result.accuracy > taught_by_noise + 20
