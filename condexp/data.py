@@ -22,7 +22,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
@@ -578,15 +578,17 @@ def load_splits(
 def load_images(
     dataset: str,  # as for `load_splits`, but the images of a path may lie in any folders, or in none
     size: int,  # pixels; 0 = the set's own
-) -> ImageSet:  # of a path: all images, as one class
-    "Images whatever they show: the training part of a set that has a name, or everything that a path holds."
+) -> ImageSet:
+    "Images whatever they show: the training part of a set with classes, or else all of them, as one class."
     path = Path(dataset).expanduser()
     if _named(dataset) or not path.exists():
         return load_splits(dataset, size).train
-    config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "part": "everything"}
+    config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "classes": "any"}
 
     def make(checkpoint) -> ImageSet:
         paths, images = _read_path(path, size)
+        with suppress(Unusable):  # no folders of classes
+            return make_splits(paths, images, config).train
         order = sorted(range(len(paths)), key=paths.__getitem__)
         labels = torch.zeros(len(order), dtype=torch.long)
         return ImageSet(images[order], labels, ("image",), *channel_statistics(images), config)
