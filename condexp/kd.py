@@ -99,7 +99,6 @@ class Distillation:
     weight_decay: float = 5e-4
     temperature: float = 4.0
     direction: str = "forward"  # of the KL divergence, see `kd_loss`
-    share: float = 0.5  # of given images in a batch, where there is also a pool
     inversion: str = "fast"  # a name in INVERSIONS
     inversion_steps: int = 0  # generator steps a batch; 0: the recipe's own
     rounds: int = 1  # batches synthesised an epoch
@@ -125,15 +124,19 @@ class Distillation:
 
     def that_matter(self, arm: Arm) -> dict:
         "The settings that `arm` reads, so that others do not recompute it; Paper B's only where they are not the usual ones."
-        pool = ("share", "inversion", "inversion_steps", "rounds", "synthesis_batch", "warmup", "adversarial_after")
+        pool = ("inversion", "inversion_steps", "rounds", "synthesis_batch", "warmup", "adversarial_after")
         unread = ("alignment",) + (() if arm.pool else pool) + (() if arm.aligned else ("layer",))  # see `guidance` for it
         usual = {name: getattr(Distillation, name) for name in ("labels", "augmentation", "mixup")}
         return {name: v for name, v in asdict(self).items() if name not in unread and v != usual.get(name)}
 
 # %% ../nbs/07_kd.ipynb #cell-17
-def draw(images: ImageSet, n: int) -> Float[Tensor, "n c h w"]:
-    "`n` images drawn with replacement, in [0, 1]."
-    return images.batch(torch.randint(len(images), (n,), device=images.images.device))
+def draw(n: int, *sets: ImageSet) -> Float[Tensor, "n c h w"]:
+    "`n` images drawn with replacement from the sets together, each image as likely as another, in [0, 1]."
+    index, parts = torch.randint(sum(map(len, sets)), (n,), device=sets[0].images.device), []
+    for images in sets:
+        parts.append(images.batch(index[(0 <= index) & (index < len(images))]))
+        index = index - len(images)
+    return torch.cat(parts)
 
 
 def student_step(student, teacher, optimizer, x: Float[Tensor, "n c h w"], settings: Distillation, fabric: Fabric) -> Tensor:
@@ -230,11 +233,8 @@ def grow(self: Joint, epoch: int) -> dict:
 # %% ../nbs/07_kd.ipynb #cell-30
 @patch
 def batch(self: Joint, pool: ImageSet) -> Float[Tensor, "n c h w"]:
-    "A batch to learn from, augmented: given images and pool in the arm's shares."
-    n = self.settings.batch_size
-    given = 0 if self.given is None else n if not self.arm.pool else round(self.settings.share * n)
-    parts = ([draw(self.given, given)] if given else []) + ([draw(pool, n - given)] if given < n else [])
-    x = self.augment(torch.cat(parts))
+    "A batch to learn from, drawn from the given images and the pool, and augmented."
+    x = self.augment(draw(self.settings.batch_size, *(s for s in (self.given, pool) if s is not None and len(s))))
     return (mixup(x) if self.settings.mixup else x).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/07_kd.ipynb #cell-32
