@@ -95,6 +95,8 @@ def record_rows(record: dict, file: str) -> list[dict]:
         common["temperature"] = record["settings"]["temperature"]  # what 0 came to
         if steps := record["settings"].get("inversion_steps"):  # the method's own where it is 0
             common["schedule"] += f", {steps} generator steps a batch for {record['settings']['inversion']}"
+        if record["environment"]["precision"] != "32-true":
+            common["schedule"] += f", {record['environment']['precision']}"
     per_set = {name: record.get(name, {}) for name in ("images", "steps")}
     rows = []
     for name, value in record["accuracy"].items():
