@@ -745,14 +745,14 @@ NAYER = Recipe(
     steps=30,
 )
 
-# %% ../nbs/05_inversion.ipynb #cell-85
+# %% ../nbs/05_inversion.ipynb #cell-86
 FAST_FOMAML = replace(FAST, name="fast_fomaml", source=partial(FAST.source, rule="fomaml"))
 
 INVERSIONS: dict[str, Recipe] = {
     recipe.name: recipe for recipe in (FAST, FAST_FOMAML, CMI, DEEPINVERSION, DAFL, ZSKT, DFQ, PRE_DFKD, NAYER)
 }
 
-# %% ../nbs/05_inversion.ipynb #cell-88
+# %% ../nbs/05_inversion.ipynb #cell-89
 @contextmanager
 def quiet(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
@@ -770,7 +770,7 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for p, need in wanted:
             p.requires_grad_(need)
 
-# %% ../nbs/05_inversion.ipynb #cell-90
+# %% ../nbs/05_inversion.ipynb #cell-91
 class Inverter:
     "A recipe at work on one teacher and one student; a context manager."
 
@@ -811,7 +811,7 @@ class Inverter:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../nbs/05_inversion.ipynb #cell-92
+# %% ../nbs/05_inversion.ipynb #cell-93
 @patch
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     "What the terms read. Where the source cannot ask for classes, the teacher's answers are the targets."
@@ -823,7 +823,7 @@ def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     targets = targets if self.source.asks else logits[:n].argmax(1)
     return View(images, targets, views[0], features[:n].float(), logits[:n].float(), self.student, statistics)
 
-# %% ../nbs/05_inversion.ipynb #cell-93
+# %% ../nbs/05_inversion.ipynb #cell-94
 @patch
 def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
     "Each term's value, and the weighted total."
@@ -835,7 +835,7 @@ def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
         total = total + values["alignment"]
     return {**values, "total": total}
 
-# %% ../nbs/05_inversion.ipynb #cell-94
+# %% ../nbs/05_inversion.ipynb #cell-95
 @patch
 def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
     with self.fabric.autocast():
@@ -848,7 +848,7 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
         self.alignment.update(view.features.detach(), view.targets)
     return view.images.detach(), {name: v.detach() for name, v in values.items()}
 
-# %% ../nbs/05_inversion.ipynb #cell-96
+# %% ../nbs/05_inversion.ipynb #cell-97
 @patch
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
@@ -868,7 +868,7 @@ def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
         self.losses[-1]["agreement"] = 100 * float((self.teacher(images).argmax(1) == targets).float().mean())
     return images
 
-# %% ../nbs/05_inversion.ipynb #cell-97
+# %% ../nbs/05_inversion.ipynb #cell-98
 @patch
 def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     for row in rows:
@@ -879,7 +879,7 @@ def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     self.trace = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
     self.losses.append({name: sum(values) / len(rows) for name, values in self.trace.items()})
 
-# %% ../nbs/05_inversion.ipynb #cell-98
+# %% ../nbs/05_inversion.ipynb #cell-99
 @patch
 def synthesise(
     self: Inverter,
@@ -890,7 +890,7 @@ def synthesise(
     with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
-# %% ../nbs/05_inversion.ipynb #cell-100
+# %% ../nbs/05_inversion.ipynb #cell-101
 @patch
 def state_dict(self: Inverter) -> dict:
     "Everything that is kept from batch to batch, as tensors and plain values."
