@@ -335,7 +335,7 @@ def alignment_settings(
     _, own = named_alignment(name)
     for change in changes:
         one_of("alignment setting", change, [f.name for f in fields(AlignmentSettings)])
-    few = {"weight": 0.1, "steps": 1, "floor": 0.15} | PENALTY if ipc < 5 else {}
+    few = {"weight": 0.03, "steps": 1, "floor": 0.15} | PENALTY if ipc < 5 else {}
     settings = replace(AlignmentSettings(), **(few | own))
     gentler = {"r1": settings.r1 / 5} if few else {}
     return replace(settings, **(gentler | changes))
