@@ -132,9 +132,10 @@ class Distillation:
 # %% ../nbs/07_kd.ipynb #cell-17
 def draw(n: int, *sets: ImageSet) -> Float[Tensor, "n c h w"]:
     "`n` images drawn with replacement from the sets together, each image as likely as another, in [0, 1]."
-    index, parts = torch.randint(sum(map(len, sets)), (n,), device=sets[0].images.device), []
+    index, parts = torch.randint(sum(map(len, sets)), (n,)), []  # on the host: no step waits for the device
     for images in sets:
-        parts.append(images.batch(index[(0 <= index) & (index < len(images))]))
+        own = index[(0 <= index) & (index < len(images))]
+        parts.append(images.batch(own.to(images.images.device, non_blocking=True)))
         index = index - len(images)
     return torch.cat(parts)
 
@@ -234,7 +235,8 @@ def grow(self: Joint, epoch: int) -> dict:
 @patch
 def batch(self: Joint, pool: ImageSet) -> Float[Tensor, "n c h w"]:
     "A batch to learn from, drawn from the given images and the pool, and augmented."
-    x = self.augment(draw(self.settings.batch_size, *(s for s in (self.given, pool) if s is not None and len(s))))
+    sets = [pool] if self.given is None else [self.given, pool]
+    x = self.augment(draw(self.settings.batch_size, *sets))
     return (mixup(x) if self.settings.mixup else x).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/07_kd.ipynb #cell-32
