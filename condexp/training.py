@@ -22,7 +22,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from .augment import standard
+from .augment import Augment, standard
 from .cache import Checkpoint, cached, one_of, progress, refuse, whole
 from .data import ImageSet, Splits
 from .models import Classifier, load_classifier, make_classifier, save_classifier
@@ -248,9 +248,10 @@ def train_classifier(
     schedule: Schedule,
     seed: int,
     fabric: Fabric,
+    augment: Augment | None = None,  # default: standard
 ) -> tuple[Classifier, dict]:  # meta: accuracy (percent of test, last epoch), history, seconds, config
     "A trained classifier in evaluation mode; loaded if it was trained before, continued if it was begun."
-    augment = standard(splits.train)
+    augment = augment or standard(splits.train)
     config = dict(name=name, train=splits.train.fingerprint, test=splits.test.fingerprint, seed=seed)
     config |= dict(schedule=asdict(schedule), augment=asdict(augment), precision=str(fabric._precision.precision))
 
