@@ -280,10 +280,12 @@ def run(
     name: str = "distilling",  # shown beside the progress bar
 ) -> None:
     "Grow and learn for all epochs, from the checkpoint's epoch on if it has one."
+    began = time.perf_counter()
     if state := checkpoint.load():
         self.load_state_dict(state)
     elif self.arm.pool:
         self.warm_up()
+    warmed = time.perf_counter() - began
     epochs = range(len(self.history), self.settings.epochs)
     bar = progress(epochs, name, initial=len(self.history), total=self.settings.epochs)
     for epoch in bar:
@@ -293,6 +295,8 @@ def run(
         entry |= dict(epoch=epoch + 1, loss=self.learn(), images=len(self.pool))
         entry |= dict(synthesis_seconds=grown - began, student_seconds=time.perf_counter() - grown)
         entry["accuracy"] = accuracy(self.student.module, glance(test), self.fabric)
+        if epoch == 0 and self.arm.pool:
+            entry["warmup_seconds"] = warmed
         self.history.append(entry)
         checkpoint.save(self.state_dict())
         bar.set_postfix_str(f"accuracy {entry['accuracy']:.1f} %")
@@ -331,7 +335,7 @@ class ArmResult:
     accuracy: float  # percent of the test split, after the last epoch
     history: list[dict]  # an entry per epoch: loss, accuracy, images in the pool, the inversion's terms, seconds
     distances: dict[str, float]  # of `pool_quality`; empty without a pool
-    seconds: dict[str, float]  # synthesis, student
+    seconds: dict[str, float]  # warmup (of a generator), synthesis, student
     images: int  # different images the student could draw from
     steps: int  # student steps taken
     student: Classifier = field(repr=False)
@@ -365,7 +369,7 @@ def run_arm(
     pool = joint.pool.as_set(**made, notes=joint.inverter.notes) if arm.pool else None
     with seeded(seed):
         distances = pool_quality(pool, splits.train, teacher, fabric) if arm.pool else {}
-    seconds = {k: sum(h[f"{k}_seconds"] for h in joint.history) for k in ("synthesis", "student")}
+    seconds = {k: sum(h.get(f"{k}_seconds", 0.0) for h in joint.history) for k in ("warmup", "synthesis", "student")}
     images = len(joint.pool) + (0 if given is None else len(given))
     steps = settings.epochs * settings.steps
     final = accuracy(joint.student.module, splits.test, fabric)
