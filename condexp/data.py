@@ -579,16 +579,19 @@ def load_images(
     dataset: str,  # as for `load_splits`, but the images of a path may lie in any folders, or in none
     size: int,  # pixels; 0 = the set's own
 ) -> ImageSet:
-    "Images whatever they show: the training part of a set with classes, or else all of them, as one class."
+    "Images whatever they show: the training part of a set that has a test part, or else all; as one class where folders name none."
     path = Path(dataset).expanduser()
     if _named(dataset) or not path.exists():
         return load_splits(dataset, size).train
-    config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "classes": "any"}
+    config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "part": "all but a test part"}
 
     def make(checkpoint) -> ImageSet:
         paths, images = _read_path(path, size)
         with suppress(Unusable):  # no folders of classes
-            return make_splits(paths, images, config).train
+            train, test, _ = make_splits(paths, images, config)
+            has_test = any(part == "test" for part, _ in arrange(paths))
+            both = [torch.cat(pair) for pair in ((train.images, test.images), (train.labels, test.labels))]
+            return train if has_test else ImageSet(*both, train.classes, *channel_statistics(images), config)
         order = sorted(range(len(paths)), key=paths.__getitem__)
         labels = torch.zeros(len(order), dtype=torch.long)
         return ImageSet(images[order], labels, ("image",), *channel_statistics(images), config)

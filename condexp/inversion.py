@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from .augment import Augment, flippable
 from .cache import one_of, refuse, whole
 from .data import rank_within
-from .models import Classifier, Generator
+from .models import Classifier, Generator, watch
 
 # %% ../nbs/05_inversion.ipynb #cell-07
 class ChannelMoments(torch.autograd.Function):
@@ -120,6 +120,7 @@ class View:
     logits: Float[Tensor, "n k"]  # the teacher's
     student: Callable[[Tensor], Tensor]
     statistics: Statistics | None  # of the BN layers, if a term watches them
+    guided: Float[Tensor, "n e"] | None = None  # the teacher's, of the layer that an alignment reads
 
     @cached_property
     def student_logits(self) -> Float[Tensor, "n k"]:
@@ -818,10 +819,13 @@ def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     n, views = len(images), [augment(images) for augment in self.views]
     x = views[0] if len(views) == 1 else torch.cat(views)
     self.watch.expect(n)
-    features, logits = self.teacher.features_logits(x.contiguous(memory_format=torch.channels_last))
+    with watch(self.teacher.last_layer) as last:
+        guided, logits = self.teacher.features_logits(x.contiguous(memory_format=torch.channels_last))
+    features = last[0][0].flatten(1)
     statistics = self.watch.read() if self.watches else None
     targets = targets if self.source.asks else logits[:n].argmax(1)
-    return View(images, targets, views[0], features[:n].float(), logits[:n].float(), self.student, statistics)
+    seen = (tensor[:n].float() for tensor in (features, logits))
+    return View(images, targets, views[0], *seen, self.student, statistics, guided[:n].float())
 
 # %% ../nbs/05_inversion.ipynb #cell-94
 @patch
@@ -831,7 +835,7 @@ def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
     values = {t.name: t.loss(view) if warm or not t.warm else zero for t in self.terms}
     total = sum(t.weight * values[t.name] for t in self.terms)
     if self.alignment is not None:
-        values["alignment"] = self.alignment.loss(view.features, view.targets)
+        values["alignment"] = self.alignment.loss(view.guided, view.targets)
         total = total + values["alignment"]
     return {**values, "total": total}
 
@@ -845,7 +849,7 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
     for memory in self.memories.values():
         memory.step()
     if self.alignment is not None:
-        self.alignment.update(view.features.detach(), view.targets)
+        self.alignment.update(view.guided.detach(), view.targets)
     return view.images.detach(), {name: v.detach() for name, v in values.items()}
 
 # %% ../nbs/05_inversion.ipynb #cell-97

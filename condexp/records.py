@@ -301,10 +301,13 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
         return []
     few = fair_frechet(distances)
     a, b = (distances[arm][few] for arm in ("mixed", "expanded"))
-    agree, where = distances["expanded"]["agreement"], "nearer to" if b < a else "farther from"
+    chance = abs(distances["inversion"][few] - a) if "inversion" in distances else 0.0
+    where = "nearer to the real images than" if b < a else "farther from the real images than"
+    where = "about as near to the real images as" if abs(b - a) <= chance else where
+    doubt = f" (the two unguided pools of this run differ by {chance:.1f})" if chance else ""
     lines = [
-        f"In the teacher's features the guided pool lies {where} the real images than the unguided one: per-class "
-        f"Frechet distance {b:.1f} against {a:.1f}. The teacher sees the asked class in {agree:.0f} % of it."
+        f"In the teacher's features the guided pool lies {where} the unguided one: per-class Frechet distance {b:.1f} against "
+        f"{a:.1f}{doubt}. The teacher sees the asked class in {distances['expanded']['agreement']:.0f} % of it."
     ]
     if given := distances.get("condensed"):
         lines.append(f"The teacher sees the class of {given['agreement']:.0f} % of the condensed images, which guide it.")

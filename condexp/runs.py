@@ -28,7 +28,7 @@ from .condensation import CONDENSERS, EVALUATION, NORMALISATIONS, check_condense
 from .data import ImageSet, Splits, known_dataset, load_images, load_splits, minival, random_per_class
 from .discriminator import named_alignment
 from .inversion import INVERSIONS
-from .kd import ARMS, COMPARED, LABELS, ArmResult, Distillation, teacher_set
+from .kd import ARMS, COMPARED, DIRECTIONS, LABELS, ArmResult, Distillation, teacher_set
 from .models import PENULTIMATE, Classifier, at_layer, check_model, load_classifier, make_classifier, save_classifier
 from .shaders import BACKENDS, gl_context
 from .surrogates import PARTS, RELATED, SAMPLINGS, SURROGATES, by_overlap, class_words, described, overlap, own_settings
@@ -155,6 +155,7 @@ class RunDistil(RunTraining):
     inversion_steps: int
     layer: str
     temperature: float
+    direction: str
     evaluate: str
 
     def __post_init__(self):
@@ -169,6 +170,7 @@ class RunDistil(RunTraining):
         whole("inversion_steps", self.inversion_steps, 0)
         text("layer", self.layer)
         positive("temperature", self.temperature)
+        one_of("direction", self.direction, DIRECTIONS)
         one_of("evaluate", self.evaluate, EVALUATE)
 
 # %% ../nbs/12_runs.ipynb #cell-20
@@ -539,6 +541,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional"
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
         temperature=float(run.temperature),
+        direction=run.direction,
         inversion=run.inversion,
         inversion_steps=run.inversion_steps or (min(own, 30) if small else 0),
         alignment=alignment,

@@ -185,7 +185,7 @@ def real(images: ImageSet, seed: int, batch: int = 250) -> Stream:
         yield (images.batch(index.to(images.images.device)) * 255).round().to(torch.uint8).cpu()
 
 # %% ../nbs/08_surrogates.ipynb #cell-25
-RELATED = {  # words in the names of ImageNet's classes that show what a class of CIFAR-10 shows
+RELATED = {  # words in the names of Tiny ImageNet's 200 classes that show what a class of CIFAR-10 shows
     "airplane": ("airliner", "warplane", "airplane"),
     "automobile": ("sports car", "convertible", "limousine", "beach wagon", "minivan", "jeep", "cab", "Model T", "racer"),
     "bird": ("goose", "stork", "penguin", "albatross", "cock", "hen", "finch", "robin", "jay", "owl", "flamingo", "pelican"),
@@ -303,7 +303,7 @@ def filtered(
     count: int,  # images wanted
     fabric: Fabric,
     sampling: str = "uniform",  # one of SAMPLINGS
-    budget: float = 20.0,  # images looked at, at most, for each one wanted
+    budget: float = 20.0,  # images looked at for each one wanted, after which no further batch is read
     seed: int = 0,  # of the order of classes in a long tail
     checkpoint: Checkpoint = Checkpoint(),  # noqa: B008 (keeps nothing, holds no state)
 ) -> ImageSet:  # on the CPU, labelled by the teacher; provenance: counts, seen, predicted (of all seen), seconds, teacher
@@ -364,7 +364,7 @@ def surrogate(
     seed: int,
     fabric: Fabric,
     sampling: str = "uniform",  # over the teacher's predicted classes, one of SAMPLINGS
-    budget: float = 20.0,  # images looked at, at most, for each one wanted
+    budget: float = 20.0,  # images looked at for each one wanted, after which no further batch is read
     **settings,  # of the surrogate; those it does not have are not read
 ) -> ImageSet:  # on the CPU, labelled with the teacher's predictions
     "A transfer set for `teacher`, from the cache if it was made before; warns of classes that are not full."
@@ -372,14 +372,15 @@ def surrogate(
     settings = {} if given else own_settings(source, settings)
     if given and whole("images", count, 1) > len(check_pixels(source, "surrogate")):
         refuse("images", count, f"the set has {len(source)}")
-    config = dict(surrogate=source.fingerprint if given else source, teacher=fingerprint(teacher), seed=seed)
+    config = dict(taken_from=source.fingerprint) if given else dict(surrogate=source)
+    config |= dict(teacher=fingerprint(teacher), seed=seed)
     config |= dict(count=whole("images", count, 1), sampling=sampling, budget=budget, **described(settings))
 
     def compute(checkpoint: Checkpoint) -> ImageSet:
         wanted = Wanted(spec.size, seed, spec.mean, spec.std)
         stream = real(source, seed) if given else SURROGATES[source](wanted, **settings)
         made = filtered(stream, teacher, count, fabric, sampling, budget, seed, checkpoint)
-        return replace(made, provenance=made.provenance | config | (source.provenance if given else {}))
+        return replace(made, provenance=(source.provenance if given else {}) | made.provenance | config)
 
     made = cached("surrogate", config, compute, lambda path, images: images.save(path), ImageSet.load)
     warn_of_gaps(made, count, sampling, seed)
