@@ -8,10 +8,11 @@ __all__ = ['FAST', 'CMI', 'DEEPINVERSION', 'DAFL', 'ZSKT', 'DFQ', 'PRE_DFKD', 'N
            'adversarial', 'disagreement', 'js_adversarial', 'activation', 'balance', 'rms', 'total_variation', 'l2',
            'Remembering', 'SmoothedStatistics', 'contrast', 'Contrastive', 'Canvas', 'Source', 'Pixels',
            'FreshGenerator', 'MetaGenerator', 'KeptGenerator', 'NoisyLayer', 'Memory', 'ReplayGenerator', 'Recipe',
-           'plain_settings', 'reweigh', 'quiet', 'Inverter']
+           'defaults_of', 'plain_settings', 'reweigh', 'quiet', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -631,15 +632,25 @@ class Recipe:
     def plain(self) -> dict:
         "What the recipe is made of, as plain values: what is cached under its name depends on all of it."
         maker, settings = getattr(self.source, "func", self.source), getattr(self.source, "keywords", {})
+        settings = defaults_of(maker) | settings
         terms = {t.name: {"weight": t.weight, "warm": t.warm} | plain_settings(t.loss) for t in self.terms}
         views = [asdict(view) for view in self.views]
         return {"source": maker.__name__, **settings, "terms": terms, "steps": self.steps, "views": views}
 
 
+def defaults_of(maker: Callable) -> dict:
+    "What a source (with the kinds it is built on) or a loss takes where a recipe says nothing: plain values."
+    above = reversed(inspect.getmro(maker)[:-1]) if inspect.isclass(maker) else [maker]
+    kinds = [kind for kind in above if "__init__" in vars(kind) or kind is maker]
+    parameters = (p for kind in kinds for p in inspect.signature(kind).parameters.values())
+    return {p.name: p.default for p in parameters if type(p.default) in (int, float, str, bool, tuple)}
+
+
 def plain_settings(loss: Callable) -> dict:
     "The numbers with which a term's loss was made, and its name: two functions that share a name are not told apart."
     if not isinstance(loss, Remembering):
-        return {"loss": getattr(loss, "func", loss).__name__, **getattr(loss, "keywords", {})}
+        made_by = getattr(loss, "func", loss)
+        return {"loss": made_by.__name__, **defaults_of(made_by), **getattr(loss, "keywords", {})}
     numbers = {k: v for k, v in vars(loss).items() if type(v) in (int, float) and not k.startswith("_")}
     return {"loss": type(loss).__name__, **numbers}
 
