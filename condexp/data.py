@@ -589,9 +589,10 @@ def load_images(
         paths, images = _read_path(path, size)
         with suppress(Unusable):  # no folders of classes
             train, test, _ = make_splits(paths, images, config)
-            has_test = any(part == "test" for part, _ in arrange(paths))
+            if any(part == "test" for part, _ in arrange(paths)):
+                return train
             both = [torch.cat(pair) for pair in ((train.images, test.images), (train.labels, test.labels))]
-            return train if has_test else ImageSet(*both, train.classes, *channel_statistics(images), config)
+            return ImageSet(*both, train.classes, *channel_statistics(images), config)
         order = sorted(range(len(paths)), key=paths.__getitem__)
         labels = torch.zeros(len(order), dtype=torch.long)
         return ImageSet(images[order], labels, ("image",), *channel_statistics(images), config)

@@ -8,12 +8,13 @@ __all__ = ['FAST', 'CMI', 'DEEPINVERSION', 'DAFL', 'ZSKT', 'DFQ', 'PRE_DFKD', 'N
            'adversarial', 'disagreement', 'js_adversarial', 'activation', 'balance', 'rms', 'total_variation', 'l2',
            'Remembering', 'SmoothedStatistics', 'contrast', 'Contrastive', 'Canvas', 'Source', 'Pixels',
            'FreshGenerator', 'MetaGenerator', 'KeptGenerator', 'NoisyLayer', 'Memory', 'ReplayGenerator', 'Recipe',
-           'defaults_of', 'plain_settings', 'reweigh', 'quiet', 'Inverter']
+           'defaults_of', 'plain_settings', 'reweigh', 'named_inversion', 'quiet', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -659,10 +660,11 @@ def reweigh(
     recipe: Recipe,
     **weights: float,  # a new weight for each term named
 ) -> Recipe:
-    "The same recipe with other weights. `ValueError` for a term that it does not have."
+    "The same recipe with other weights; a term of weight 0 is left out. `ValueError` for a term that it does not have."
     for name in weights:
         one_of("terms", name, [t.name for t in recipe.terms])
-    return replace(recipe, terms=tuple(replace(t, weight=weights.get(t.name, t.weight)) for t in recipe.terms))
+    terms = (replace(t, weight=weights.get(t.name, t.weight)) for t in recipe.terms)
+    return replace(recipe, terms=tuple(t for t in terms if t.weight))
 
 # %% ../nbs/05_inversion.ipynb #cell-73
 FAST = Recipe(
@@ -765,6 +767,15 @@ INVERSIONS: dict[str, Recipe] = {
 }
 
 # %% ../nbs/05_inversion.ipynb #cell-89
+def named_inversion(text: str) -> Recipe:  # a name of INVERSIONS, perhaps with weights of its terms, as in "fast,bn:0"
+    "An inversion method as people ask for it. `ValueError` for unknown names and terms, and weights that are no numbers."
+    name, *changes = str(text).split(",")
+    weights = dict(change.strip().partition(":")[::2] for change in changes)
+    if name not in INVERSIONS or not all(re.fullmatch(r"\d*\.?\d+", weight) for weight in weights.values()):
+        refuse("inversion", text, f"it must be one of {', '.join(INVERSIONS)}, perhaps with weights of its terms, as in fast,bn:0")
+    return reweigh(INVERSIONS[name], **{term: float(weight) for term, weight in weights.items()})
+
+# %% ../nbs/05_inversion.ipynb #cell-92
 @contextmanager
 def quiet(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
@@ -782,7 +793,7 @@ def quiet(*models: nn.Module) -> Iterator[None]:
         for p, need in wanted:
             p.requires_grad_(need)
 
-# %% ../nbs/05_inversion.ipynb #cell-91
+# %% ../nbs/05_inversion.ipynb #cell-94
 class Inverter:
     "A recipe at work on one teacher and one student; a context manager."
 
@@ -823,7 +834,7 @@ class Inverter:
     def __exit__(self, *_) -> None:
         self.close()
 
-# %% ../nbs/05_inversion.ipynb #cell-93
+# %% ../nbs/05_inversion.ipynb #cell-96
 @patch
 def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     "What the terms read. Where the source cannot ask for classes, the teacher's answers are the targets."
@@ -838,7 +849,7 @@ def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
     seen = (tensor[:n].float() for tensor in (features, logits))
     return View(images, targets, views[0], *seen, self.student, statistics, guided[:n].float())
 
-# %% ../nbs/05_inversion.ipynb #cell-94
+# %% ../nbs/05_inversion.ipynb #cell-97
 @patch
 def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
     "Each term's value, and the weighted total."
@@ -850,7 +861,7 @@ def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
         total = total + values["alignment"]
     return {**values, "total": total}
 
-# %% ../nbs/05_inversion.ipynb #cell-95
+# %% ../nbs/05_inversion.ipynb #cell-98
 @patch
 def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str, Tensor]]:
     with self.fabric.autocast():
@@ -863,7 +874,7 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
         self.alignment.update(view.guided.detach(), view.targets)
     return view.images.detach(), {name: v.detach() for name, v in values.items()}
 
-# %% ../nbs/05_inversion.ipynb #cell-97
+# %% ../nbs/05_inversion.ipynb #cell-100
 @patch
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
@@ -883,7 +894,7 @@ def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
         self.losses[-1]["agreement"] = 100 * float((self.teacher(images).argmax(1) == targets).float().mean())
     return images
 
-# %% ../nbs/05_inversion.ipynb #cell-98
+# %% ../nbs/05_inversion.ipynb #cell-101
 @patch
 def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     for row in rows:
@@ -894,7 +905,7 @@ def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
     self.trace = dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
     self.losses.append({name: sum(values) / len(rows) for name, values in self.trace.items()})
 
-# %% ../nbs/05_inversion.ipynb #cell-99
+# %% ../nbs/05_inversion.ipynb #cell-102
 @patch
 def synthesise(
     self: Inverter,
@@ -905,7 +916,7 @@ def synthesise(
     with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
-# %% ../nbs/05_inversion.ipynb #cell-101
+# %% ../nbs/05_inversion.ipynb #cell-104
 @patch
 def state_dict(self: Inverter) -> dict:
     "Everything that is kept from batch to batch, as tensors and plain values."

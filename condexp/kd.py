@@ -22,7 +22,7 @@ from .augment import AUGMENTATIONS, mixup
 from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
 from .data import ImageSet, pack, unpack
 from .discriminator import class_frechet, class_mmd, class_variance, guidance, make_alignment, named_alignment, thinned_frechet
-from .inversion import INVERSIONS, Inverter
+from .inversion import Inverter, named_inversion
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
 from .training import Schedule, accuracy, glance, on_device, onecycle, predict, rng_state, seeded, set_rng_state
 
@@ -99,7 +99,7 @@ class Distillation:
     weight_decay: float = 5e-4
     temperature: float = 4.0
     direction: str = "forward"  # of the KL divergence, see `kd_loss`
-    inversion: str = "fast"  # a name in INVERSIONS
+    inversion: str = "fast"  # as `named_inversion` takes it
     inversion_steps: int = 0  # generator steps a batch; 0: the recipe's own
     rounds: int = 1  # batches synthesised an epoch
     synthesis_batch: int = 100  # images a synthesised batch
@@ -117,7 +117,7 @@ class Distillation:
         if not self.temperature > 0:
             refuse("temperature", self.temperature, "it must be positive")
         one_of("direction", self.direction, DIRECTIONS)
-        one_of("inversion", self.inversion, INVERSIONS)
+        named_inversion(self.inversion)
         named_alignment(self.alignment)
         one_of("labels", self.labels, LABELS)
         one_of("augmentation", self.augmentation, AUGMENTATIONS)
@@ -183,7 +183,7 @@ class Joint:
         return make_alignment(self.settings.alignment, seen, self.given, self.augment, self.fabric)
 
     def _inverter(self) -> Inverter:
-        settings, recipe = self.settings, INVERSIONS[self.settings.inversion]
+        settings, recipe = self.settings, named_inversion(self.settings.inversion)
         seen = at_layer(self.teacher, settings.layer) if self.arm.aligned else self.teacher
         student = self.student.module
         return Inverter(recipe, seen, student, self.fabric, self.alignment, settings.synthesis_batch, settings.inversion_steps)
@@ -414,7 +414,7 @@ def distil(
     config = inputs | dict(arm=name, student=student_name, seed=seed, precision=str(fabric._precision.precision))
     config |= settings.that_matter(arm)
     if arm.pool:
-        config |= dict(yardstick=splits.train.fingerprint, recipe=INVERSIONS[settings.inversion].plain())
+        config |= dict(yardstick=splits.train.fingerprint, recipe=named_inversion(settings.inversion).plain())
     if arm.aligned:
         config |= dict(guidance=guidance(settings.alignment, min(given.counts)))
 

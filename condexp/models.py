@@ -314,7 +314,7 @@ def from_spec(spec: ModelSpec) -> Classifier:
     backbone = create_backbone(spec.name, len(spec.classes), spec.channels, spec.size)
     for block in backbone.modules():
         if hasattr(block, "fused_attn") and not torch.cuda.is_available():
-            block.fused_attn = False  # a CPU's fused kernel takes 1.4 times as long for few tokens, in bf16 four times
+            block.fused_attn = False  # a CPU's fused kernel is slower for few tokens, in bf16 by far
     return Classifier(spec, backbone)
 
 

@@ -27,7 +27,7 @@ from .cache import config_hash, one_of, refuse, whole
 from .condensation import CONDENSERS, EVALUATION, NORMALISATIONS, check_condenser, condense, load_condensed
 from .data import ImageSet, Splits, known_dataset, load_images, load_splits, minival, random_per_class
 from .discriminator import named_alignment
-from .inversion import INVERSIONS
+from .inversion import named_inversion
 from .kd import ARMS, COMPARED, DIRECTIONS, LABELS, ArmResult, Distillation, teacher_set
 from .models import PENULTIMATE, Classifier, at_layer, check_model, load_classifier, make_classifier, save_classifier
 from .shaders import BACKENDS, gl_context
@@ -166,7 +166,7 @@ class RunDistil(RunTraining):
         if self.condenser not in CONDENSERS and not Path(text("condenser", self.condenser)).is_file():
             refuse("condenser", self.condenser, f"it must be one of {', '.join(CONDENSERS)}, or the path of a set")
         one_of("normalisation", self.normalisation, NORMALISATIONS)
-        one_of("inversion", self.inversion, INVERSIONS)
+        named_inversion(self.inversion)
         whole("inversion_steps", self.inversion_steps, 0)
         text("layer", self.layer)
         positive("temperature", self.temperature)
@@ -535,7 +535,7 @@ def set_distillation(run: RunSurrogate, train: ImageSet, source: str | ImageSet)
 def distillation(run: RunDistil, train: ImageSet, alignment: str = "conditional") -> Distillation:
     "The settings of a run's arms: equal for all of them."
     small = len(train) <= 5000
-    own = INVERSIONS[run.inversion].steps
+    own = named_inversion(run.inversion).steps
     return Distillation(
         epochs=run.epochs or (8 if small else 20),
         steps=run.steps or (25 if small else 50),
