@@ -151,7 +151,7 @@ def best_rival(table: pd.DataFrame, one: str, others: Sequence[str], value: str 
 def scale(table: pd.DataFrame) -> list[str]:
     "At what scale the records of a table were made: a line for each data set, size and schedule."
     seeds = table.groupby(["dataset", "size", "schedule"], sort=False).seed.nunique()
-    return [f"`{name}`{f' at {size} px' if size else ''}, {schedule}, {n} seeds" for (name, size, schedule), n in seeds.items()]
+    return [f"`{name}`{f' at {size:g} px' if size else ''}, {schedule}, {n} seeds" for (name, size, schedule), n in seeds.items()]
 
 # %% ../nbs/11_records.ipynb #cell-21
 ARM_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "full")
