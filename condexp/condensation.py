@@ -33,7 +33,8 @@ from .augment import Augment, siamese
 from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
 from .data import ImageSet, Splits, random_per_class
 from .models import Classifier, fingerprint, freeze, kaiming, make_classifier
-from .training import Schedule, make_fabric, on_device, predict, rng_state, seeded, set_rng_state, train_classifier
+from .training import Schedule, finite, make_fabric, on_device, precision_of, predict, rng_state, seeded, set_rng_state
+from .training import train_classifier
 
 # %% ../nbs/04_condensation.ipynb #cell-05
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Condenser:
     "A way to make a few images per class out of many. Subclasses add settings as fields, and `make`."
 
     chooses: ClassVar[bool] = False  # among real images, instead of optimising new ones
+    mixed: ClassVar[bool] = False  # whether it computes in the run's precision; else in single precision
     iterations: ClassVar[tuple[int, int]] = (150, 300)  # by default: for up to 5,000 images, for more
 
     def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
@@ -107,7 +109,7 @@ def herd(
 class Herding(Condenser):
     "Real images that stay closest to the class mean, in embeddings of random ConvNets."
 
-    chooses = True
+    chooses, mixed = True, True
     network: str = "convnet3_w64"
     networks: int = 4  # embeddings put side by side
 
@@ -214,7 +216,7 @@ class Pixels:
 
 # %% ../nbs/04_condensation.ipynb #cell-31
 def first_images(task: Task) -> ImageSet:
-    "Random real images to begin from; drawn with replacement where a class has fewer than `task.ipc`."
+    "Random real images to begin from; all drawn with replacement if a class has fewer than `task.ipc`."
     train, ipc = task.train, task.ipc
     if ipc <= min(train.counts):
         return random_per_class(train, ipc, task.seed)
@@ -237,7 +239,8 @@ def optimise(
         losses.append(backward(i))
         pixels.step()
         if i % EVERY == 0 or i == task.iterations:
-            history.append({"iteration": i, "loss": torch.stack(losses).mean().item()})
+            loss = finite(torch.stack(losses).mean().item(), name, "a lower learning rate of the pixels")
+            history.append({"iteration": i, "loss": loss})
             losses.clear()
             task.checkpoint.save({"pixels": pixels.state_dict(), "history": history, "rng": rng_state()})
     return history
@@ -255,6 +258,7 @@ def resume(task: Task, pixels: Pixels) -> list[dict]:
 @dataclass(frozen=True)
 class DM(Condenser):
     "Distribution matching (Zhao & Bilen 2023): images with the class means of real ones in random embeddings."
+    mixed = True
 
     network: str = "convnet3_w64"
     lr: float = 0.1  # of normalised pixels and one image per class
@@ -577,7 +581,8 @@ def condense(
     "`ipc` images per class made from `train` by `name`, from the cache if they were made before. Refuses as `check_condenser`."
     condenser = check_condenser(name, train, ipc, iterations)
     steps = 0 if condenser.chooses else iterations or default_iterations(condenser, train, ipc)
-    settings = {"ipc": ipc, "iterations": steps, "precision": str(fabric._precision.precision), **asdict(condenser)}
+    settings = {"ipc": ipc, "iterations": steps, **asdict(condenser)}
+    settings |= {"precision": precision_of(fabric)} if condenser.mixed else {}
     config = {"condenser": name, "seed": seed, "source": train.fingerprint, **settings}
 
     def compute(checkpoint: Checkpoint) -> ImageSet:

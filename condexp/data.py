@@ -578,11 +578,14 @@ def load_splits(
 def load_images(
     dataset: str,  # as for `load_splits`, but the images of a path may lie in any folders, or in none
     size: int,  # pixels; 0 = the set's own
+    parameter: str = "dataset",  # what the user calls it
 ) -> ImageSet:
     "Images whatever they show: the training part of a set that has a test part, or else all; as one class where folders name none."
     path = Path(dataset).expanduser()
-    if _named(dataset) or not path.exists():
+    if _named(dataset):
         return load_splits(dataset, size).train
+    if not path.exists():
+        refuse(parameter, dataset, "there is no such folder or archive, and no set of that name")
     config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "part": "all but a test part"}
 
     def make(checkpoint) -> ImageSet:
@@ -601,4 +604,4 @@ def load_images(
         return cached("images", config, make, lambda p, images: images.save(p), ImageSet.load)
     except Unusable as error:
         problem = str(error)
-    refuse("dataset", dataset, problem)
+    refuse(parameter, dataset, problem)

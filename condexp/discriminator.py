@@ -48,13 +48,14 @@ def frechet_distance(
 ) -> float:  # in squared units of the features; 0 for equal mean and covariance
     "Squared Fréchet distance of the Gaussians fitted to `a` and `b` (Heusel et al. 2017, eq. 6), in double precision."
     a, b = a.double(), b.double()
-    return _gaussian_distance(a.mean(0), a.T.cov(correction=0), b.mean(0), b.T.cov(correction=0))
+    spread_a, spread_b = (torch.atleast_2d(x.T.cov(correction=0)) for x in (a, b))
+    return _gaussian_distance(a.mean(0), spread_a, b.mean(0), spread_b)
 
 # %% ../nbs/06_discriminator.ipynb #cell-13
 def _shrunk_gaussian(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
     "Mean and OAS-shrunk covariance; a single sample has none."
     n, d = x.shape
-    cov = x.T.cov(correction=0) if n > 1 else x.new_zeros(d, d)
+    cov = torch.atleast_2d(x.T.cov(correction=0)) if n > 1 else x.new_zeros(d, d)
     square, trace = cov.square().sum(), cov.trace()
     ratio = ((1 - 2 / d) * square + trace**2) / ((n + 1 - 2 / d) * (square - trace**2 / d)).clamp(min=1e-30)
     amount = ratio.clamp(max=1)
@@ -465,7 +466,8 @@ class MMDAlignment(Alignment):
 
     def loss(self, features: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
         "The weighted discrepancy to freshly drawn real features."
-        distance = class_mmd_loss(self.bank.standardise(features), self.bank.draw(targets), targets, self.scales)
+        with torch.autocast(features.device.type, enabled=False):  # the kernel takes differences of large sums
+            distance = class_mmd_loss(self.bank.standardise(features), self.bank.draw(targets), targets, self.scales)
         self._note(distance)
         return self.settings.weight * distance
 

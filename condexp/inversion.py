@@ -8,15 +8,14 @@ __all__ = ['FAST', 'CMI', 'DEEPINVERSION', 'DAFL', 'ZSKT', 'DFQ', 'PRE_DFKD', 'N
            'adversarial', 'disagreement', 'js_adversarial', 'activation', 'balance', 'rms', 'total_variation', 'l2',
            'Remembering', 'SmoothedStatistics', 'contrast', 'Contrastive', 'Canvas', 'Source', 'Pixels',
            'FreshGenerator', 'MetaGenerator', 'KeptGenerator', 'NoisyLayer', 'Memory', 'ReplayGenerator', 'Recipe',
-           'defaults_of', 'plain_settings', 'reweigh', 'named_inversion', 'quiet', 'Inverter']
+           'plain_settings', 'reweigh', 'named_inversion', 'quiet', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
-import inspect
 import math
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
@@ -29,7 +28,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .augment import Augment, flippable
-from .cache import one_of, refuse, whole
+from .cache import defaults_of, one_of, refuse, whole
 from .data import rank_within
 from .models import Classifier, Generator, watch
 
@@ -75,7 +74,7 @@ class Watch:
     def __init__(self, model: nn.Module):
         self.layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
         self.hooks: list = []
-        self.rows, self.seen = 0, []
+        self.rows, self.seen = 0, {}
         if self.layers:
             self.running_mean = torch.cat([m.running_mean for m in self.layers]).float()
             self.running_var = torch.cat([m.running_var for m in self.layers]).float()
@@ -90,23 +89,23 @@ class Watch:
         "Remove the hooks."
         for hook in self.hooks:
             hook.remove()
-        self.hooks, self.seen = [], []
+        self.hooks, self.seen = [], {}
 
     def __exit__(self, *_) -> None:
         self.close()
 
     def _see(self, layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        x, *moments = ChannelMoments.apply(inputs[0], self.rows or len(inputs[0]))
-        self.seen.append(moments)
+        x, *self.seen[layer] = ChannelMoments.apply(inputs[0], self.rows or len(inputs[0]))
         return (x,)
 
     def expect(self, rows: int) -> None:
         "A pass begins: forget what was seen; the first `rows` images are the global view (0: all)."
-        self.rows, self.seen = rows, []
+        self.rows, self.seen = rows, {}
 
     def read(self) -> Statistics:
         "The statistics of the last pass; gradients flow back to the images."
-        means, var = (torch.cat(parts, dim=-1).float() for parts in zip(*self.seen, strict=True))
+        moments = (self.seen[layer] for layer in self.layers)  # some networks run them in another order
+        means, var = (torch.cat(parts, dim=-1).float() for parts in zip(*moments, strict=True))
         mean = means[: self.rows or None].mean(0)
         return Statistics(means, mean, var, self.running_mean, self.running_var, self.member)
 
@@ -639,18 +638,12 @@ class Recipe:
         return {"source": maker.__name__, **settings, "terms": terms, "steps": self.steps, "views": views}
 
 
-def defaults_of(maker: Callable) -> dict:
-    "What a source (with the kinds it is built on) or a loss takes where a recipe says nothing: plain values."
-    above = reversed(inspect.getmro(maker)[:-1]) if inspect.isclass(maker) else [maker]
-    kinds = [kind for kind in above if "__init__" in vars(kind) or kind is maker]
-    parameters = (p for kind in kinds for p in inspect.signature(kind).parameters.values())
-    return {p.name: p.default for p in parameters if type(p.default) in (int, float, str, bool, tuple)}
-
-
 def plain_settings(loss: Callable) -> dict:
     "The numbers with which a term's loss was made, and its name: two functions that share a name are not told apart."
     if not isinstance(loss, Remembering):
         made_by = getattr(loss, "func", loss)
+        if getattr(made_by, "__closure__", None):
+            refuse("terms", made_by.__name__, "it reads variables around it, and is not told from others: use functools.partial")
         return {"loss": made_by.__name__, **defaults_of(made_by), **getattr(loss, "keywords", {})}
     numbers = {k: v for k, v in vars(loss).items() if type(v) in (int, float) and not k.startswith("_")}
     return {"loss": type(loss).__name__, **numbers}
@@ -818,6 +811,8 @@ class Inverter:
         self.memories = {t.name: t.loss for t in self.terms if isinstance(t.loss, Remembering)}
         for memory in self.memories.values():
             memory.start(sum(m.num_features for m in self.watch.layers), device)
+        if not any(not t.warm for t in self.terms):
+            refuse("inversion", recipe.name, "one of its terms must apply from the first step, with a weight, to this teacher")
         self.views = [replace(a, flip=a.flip and flippable(spec)) for a in recipe.views]
         shape, rows = (spec.size, spec.channels, len(spec.classes), spec.mean, spec.std), teacher.last_layer.weight
         self.source = recipe.source(Canvas(*shape, recipe.steps, device, rows.detach().flatten(1)))
@@ -879,13 +874,14 @@ def _step(self: Inverter, targets: Tensor, warm: bool) -> tuple[Tensor, dict[str
 def _batch(self: Inverter, targets: Tensor, warm: bool) -> Tensor:
     self.source.begin(targets)
     best, rows = None, []
-    for _ in range(self.recipe.steps):
-        images, values = self._step(targets, warm)
-        total = values["total"]
-        if best is None:
-            best, least = images, total
-        best, least = torch.where(total < least, images, best), torch.minimum(total, least)
-        rows.append(torch.stack(list(values.values())))
+    with self.watch if self.watches else nullcontext():
+        for _ in range(self.recipe.steps):
+            images, values = self._step(targets, warm)
+            total = values["total"]
+            if best is None:
+                best, least = images, total
+            best, least = torch.where(total < least, images, best), torch.minimum(total, least)
+            rows.append(torch.stack(list(values.values())))
     self._record(list(values), torch.stack(rows).tolist())
     for memory in self.memories.values():
         memory.finish()
@@ -913,7 +909,7 @@ def synthesise(
     warm: bool = True,  # whether warming up is over: adversarial terms join
 ) -> Float[Tensor, "n c h w"]:  # detached, in [0, 1], in the order of `targets`
     "Make images of the classes asked for. `FloatingPointError` names the term that is not finite."
-    with quiet(self.teacher, self.student), self.watch, torch.enable_grad():
+    with quiet(self.teacher, self.student), torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
 # %% ../nbs/05_inversion.ipynb #cell-104

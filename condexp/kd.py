@@ -24,7 +24,8 @@ from .data import ImageSet, pack, unpack
 from .discriminator import class_frechet, class_mmd, class_variance, guidance, make_alignment, named_alignment, thinned_frechet
 from .inversion import Inverter, named_inversion
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier, save_classifier
-from .training import Schedule, accuracy, glance, on_device, onecycle, predict, rng_state, seeded, set_rng_state
+from .training import Schedule, accuracy, finite, glance, on_device, onecycle, precision_of, predict, rng_state, seeded
+from .training import set_rng_state
 
 # %% ../nbs/07_kd.ipynb #cell-05
 DIRECTIONS = ("forward", "reverse")
@@ -248,7 +249,7 @@ def learn(self: Joint) -> float:
     for _ in range(self.settings.steps):
         total += student_step(self.student, self.teacher, self.optimizer, self.batch(pool), self.settings, self.fabric)
         self.scheduler.step()
-    return float(total) / self.settings.steps
+    return finite(float(total) / self.settings.steps, "the distillation", "a lower learning rate")
 
 # %% ../nbs/07_kd.ipynb #cell-35
 @patch
@@ -394,7 +395,7 @@ def load_arm(path, fabric: Fabric) -> ArmResult:
     tensors, meta = load_tensors(path)
     pool = unpack(tensors, meta).to(fabric.device) if tensors else None
     numbers = {f.name: meta[f.name] for f in fields(ArmResult) if f.name in meta}
-    return ArmResult(**numbers, student=student, pool=pool)
+    return ArmResult(**numbers, student=student.eval(), pool=pool)
 
 # %% ../nbs/07_kd.ipynb #cell-49
 def distil(
@@ -410,8 +411,8 @@ def distil(
     "Distil a student by one arm; loaded if it was done before, continued if it was begun."
     arm = ARMS[one_of("arm", name, ARMS)]
     given = sources[arm.source] if arm.source else None
-    inputs = dict(teacher=fingerprint(teacher), test=splits.test.fingerprint, given=given and given.fingerprint)
-    config = inputs | dict(arm=name, student=student_name, seed=seed, precision=str(fabric._precision.precision))
+    inputs = dict(teacher=fingerprint(teacher), test=splits.test.fingerprint, given=None if given is None else given.fingerprint)
+    config = inputs | dict(arm=name, student=student_name, seed=seed, precision=precision_of(fabric))
     config |= settings.that_matter(arm)
     if arm.pool:
         config |= dict(yardstick=splits.train.fingerprint, recipe=named_inversion(settings.inversion).plain())

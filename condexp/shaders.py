@@ -494,7 +494,9 @@ def gl_context():
     try:
         import moderngl
 
-        return moderngl.create_context(standalone=True, backend="egl", require=330)
+        context = moderngl.create_context(standalone=True, backend="egl", require=330)
+        context.gc_mode = "auto"  # a program that nobody holds any more is freed
+        return context
     except Exception as error:
         problem = " ".join(str(error).split())
     remedy = "install Debian's libegl1 and libgl1, or your GPU's driver, or use backend=torch"
@@ -650,7 +652,11 @@ def read_programs(folder: Path) -> list[Source]:
     readers = {".fragment": _twigl, ".json": _shadertoy, ".glsl": _twigl, ".frag": _twigl}
     found = []
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in readers and p.parent.name != "modes"):
-        if code := readers[path.suffix](path):
+        try:
+            code = readers[path.suffix](path)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            code = f"#error it cannot be read ({type(error).__name__}: {error})"  # told like any other failure
+        if code:
             found.append(Source(path.relative_to(folder).as_posix(), code))
     if not found:
         refuse("shader_folder", str(folder), "it must hold .fragment, .frag, .glsl or Shadertoy's .json files")
@@ -662,7 +668,7 @@ def paint_source(source: Source, times: Float[Tensor, "n"], size: int) -> UInt8[
     try:
         program, triangle = gl_program(source.code)
     except Exception as error:
-        line = re.search(r"0:(\d+)\(\d+\): error: (.*)", str(error))
+        line = re.search(r"0:(\d+)\(\d+\): (?:preprocessor error: #)?error:? (.*)", str(error))
         raise ValueError(f"{source.name}:{line[1]}: {line[2]}" if line else f"{source.name}: {error}") from None
     canvas = gl_context().simple_framebuffer((size, size), components=3)
     canvas.use()
@@ -722,7 +728,11 @@ def failures(
 
 def _complaints(pipe, names: list[str], limit: float) -> Iterator[tuple[str, str]]:
     "What the other process says of each program, until it falls silent."
-    pipe.recv()
+    try:
+        pipe.recv()
+    except EOFError:
+        problem = "programs are tried in another process: a script needs `if __name__ == '__main__':` around its calls"
+        raise RuntimeError(problem) from None
     for name in names:
         try:
             done = pipe.poll(limit)

@@ -10,7 +10,6 @@ __all__ = ['Stream', 'PER_VISIT', 'IDLE', 'PHOTOS', 'CROP', 'RELATED', 'PARTS', 
 
 # %% ../nbs/08_surrogates.ipynb #cell-02
 import functools
-import inspect
 import itertools
 import math
 import re
@@ -30,12 +29,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .augment import Augment
-from .cache import Checkpoint, cached, config_hash, one_of, progress, refuse, whole
+from .cache import Checkpoint, cached, config_hash, defaults_of, one_of, progress, refuse, whole
 from .data import ImageSet, content_hash, rank_within
 from .models import Classifier, fingerprint
 from .shaders import BACKENDS, box, failures, paint_source, places, polygon, radius, read_programs, rotated, star
 from .shaders import worth_keeping, write_program
-from .training import on_device, predict
+from .training import on_device, precision_of, predict
 
 # %% ../nbs/08_surrogates.ipynb #cell-05
 Stream = Iterator[UInt8[Tensor, "n c h w"]]
@@ -53,14 +52,14 @@ class Wanted:
     std: tuple[float, ...]  # likewise
 
 # %% ../nbs/08_surrogates.ipynb #cell-07
-def painters(wanted: Wanted, programs: int, backend: str, shader_folder: str) -> Iterator[Callable[[Tensor, int], Tensor]]:
-    "Functions from times and a size to frames: of the grammar's programs, without end, or of the first in a folder."
+def painters(wanted: Wanted, backend: str, shader_folder: str) -> Iterator[Callable[[Tensor, int], Tensor]]:
+    "Functions from times and a size to frames: of the grammar's programs, without end, or of those in a folder."
     paint = BACKENDS[one_of("backend", backend, BACKENDS)]
     if not shader_folder:
         return (functools.partial(paint, write_program(n)) for n in itertools.count(wanted.seed * 100_000))
     if backend != "opengl":
         refuse("backend", backend, "the programs in shader_folder need opengl")
-    sources = read_programs(Path(shader_folder))[:programs]
+    sources = read_programs(Path(shader_folder))
     if wrong := failures(sources, wanted.size):
         warnings.warn("\n  ".join([f"{len(wrong)} of {len(sources)} programs cannot be used:", *wrong.values()]), stacklevel=2)
     if len(wrong) == len(sources):
@@ -69,8 +68,9 @@ def painters(wanted: Wanted, programs: int, backend: str, shader_folder: str) ->
 
 # %% ../nbs/08_surrogates.ipynb #cell-09
 def shader_frames(wanted: Wanted, programs: int = 64, backend: str = "opengl", shader_folder: str = "") -> Stream:
-    "Frames of `programs` programs, round and round. Without OpenGL, a `RuntimeError` says what to install."
-    rng, fresh = np.random.default_rng(wanted.seed), painters(wanted, whole("programs", programs, 1), backend, shader_folder)
+    "Frames of `programs` programs, or of all in a folder, round and round. Without OpenGL, a `RuntimeError` says what to install."
+    rng, fresh = np.random.default_rng(wanted.seed), painters(wanted, backend, shader_folder)
+    most = math.inf if shader_folder else whole("programs", programs, 1)
     chosen, complete = [], False
     while not complete or chosen:
         paint = next(fresh, None) if not complete else chosen.pop(0)
@@ -82,7 +82,7 @@ def shader_frames(wanted: Wanted, programs: int = 64, backend: str = "opengl", s
         shown = frames[worth_keeping(frames)]
         if complete or len(shown.unique(dim=0)) >= PER_VISIT / 2:
             chosen.append(paint)
-            complete = complete or len(chosen) == programs
+            complete = complete or len(chosen) == most
             yield shown
 
 # %% ../nbs/08_surrogates.ipynb #cell-12
@@ -173,8 +173,8 @@ def check_pixels(images: ImageSet, name: str) -> ImageSet:
         refuse(name, "not finite", "every pixel must be a number")
     if x.is_floating_point() and (x.min() < 0 or x.max() > 1):
         refuse(name, f"from {x.min():.2g} to {x.max():.2g}", "pixels that are not bytes must lie in [0, 1]")
-    if bool((x == x.flatten()[0]).all()):
-        refuse(name, "without contrast", "there must be something to see")
+    if bool((x.flatten(1) == x.flatten(1)[:, :1]).all()):
+        refuse(name, "without contrast", "there must be something to see in at least one of them")
     return images
 
 
@@ -341,9 +341,9 @@ SURROGATES: dict[str, Callable[..., Stream]] = {
 
 
 def own_settings(name: str, settings: dict) -> dict:
-    "Those of `settings` that the surrogate called `name` has."
-    takes = inspect.signature(SURROGATES[one_of("surrogate", name, SURROGATES)]).parameters
-    return {key: value for key, value in settings.items() if key in takes}
+    "What the surrogate called `name` takes: of `settings` what it has, and its defaults."
+    takes = defaults_of(SURROGATES[one_of("surrogate", name, SURROGATES)])
+    return {key: settings.get(key, usual) for key, usual in takes.items()}
 
 
 def described(settings: dict) -> dict:
@@ -372,17 +372,20 @@ def surrogate(
     settings = {} if given else own_settings(source, settings)
     if given and whole("images", count, 1) > len(check_pixels(source, "surrogate")):
         refuse("images", count, f"the set has {len(source)}")
+    if given and source.size != spec.size:
+        refuse("surrogate", f"{source.size} px", f"the teacher takes {spec.size} px")
     config = dict(taken_from=source.fingerprint) if given else dict(surrogate=source)
-    config |= dict(teacher=fingerprint(teacher), seed=seed)
+    config |= dict(teacher=fingerprint(teacher), seed=seed, precision=precision_of(fabric))
     config |= dict(count=whole("images", count, 1), sampling=sampling, budget=budget, **described(settings))
 
     def compute(checkpoint: Checkpoint) -> ImageSet:
         wanted = Wanted(spec.size, seed, spec.mean, spec.std)
         stream = real(source, seed) if given else SURROGATES[source](wanted, **settings)
         made = filtered(stream, teacher, count, fabric, sampling, budget, seed, checkpoint)
-        return replace(made, provenance=(source.provenance if given else {}) | made.provenance | config)
+        return replace(made, provenance=made.provenance | config)
 
     made = cached("surrogate", config, compute, lambda path, images: images.save(path), ImageSet.load)
+    made = replace(made, provenance=(source.provenance if given else {}) | made.provenance)
     warn_of_gaps(made, count, sampling, seed)
     return made
 

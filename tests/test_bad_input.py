@@ -164,7 +164,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path):
 
 def test_a_model_that_needs_larger_images_says_how_large():
     sentence = refused("run_teacher", "model", "vit_tiny_patch16_224", size=8)
-    assert "8" in sentence
+    assert "at least 16 x 16" in sentence
 
 
 @pytest.fixture

@@ -20,9 +20,8 @@ def test_a_bad_set_is_made_good_at_the_boundary(papermill, teacher_file):
     r = record(papermill.folder)
     before, after = r["accuracy"]["single_image"], r["accuracy"]["single_image, attacked"]
     assert 10 < before < 45 and after > before + 20
-    assert sum(r["crossed"]) >= 0.95 * sum(r["walks"]) and r["images"]["single_image, attacked"] == 4 * sum(
-        r["crossed"]
-    )
+    assert sum(r["crossed"]) >= 0.95 * sum(r["walks"])
+    assert 3 * sum(r["crossed"]) < r["images"]["single_image, attacked"] <= 4 * sum(r["crossed"])  # copies are left out
     assert r["quality"]["single_image, attacked"]["entropy"] > r["quality"]["single_image"]["entropy"]
     assert str(papermill.folder.parent) not in json.dumps(r)
 
@@ -44,7 +43,8 @@ def test_a_teacher_without_any_data_gets_a_student(papermill, teacher_file, digi
     r, made = record(papermill.folder), papermill.folder / "made"
     student, meta = load_classifier(made / "some.student.safetensors")
     kept = ImageSet.load(made / "some.images.safetensors")
-    assert r["accuracy"]["some"] == meta["accuracy"] > 50 and len(kept) == r["images"]["some"] == 540
+    assert r["agreement"]["some"] == meta["agreement"] > 50 and "accuracy" not in meta | r["accuracy"]
+    assert len(kept) == r["images"]["some"] == 540
     assert accuracy(student, digits.test, fabric) > 50  # of the digits that nobody had at hand
 
 

@@ -1,5 +1,6 @@
 """Surrogate sets: one contract for all of them, the teacher-balanced filter, and what Paper B says of their diversity."""
 
+import functools
 import warnings
 import weakref
 from dataclasses import replace
@@ -118,10 +119,16 @@ def test_the_filter_holds_no_more_than_it_keeps(teacher, fabric):
     assert max(alive) <= 2
 
 
-def test_from_the_cache_it_is_the_same(teacher, fabric):
+def test_from_the_cache_it_is_the_same_and_nothing_is_made(teacher, fabric, monkeypatch):
+    @functools.wraps(SURROGATES["leaves"])
+    def never(*_, **__):
+        raise AssertionError("it was made again")
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        one, two = (surrogate("leaves", teacher, 60, 3, fabric, budget=2.0) for _ in range(2))
+        one = surrogate("leaves", teacher, 60, 3, fabric, budget=2.0)
+        monkeypatch.setitem(SURROGATES, "leaves", never)
+        two = surrogate("leaves", teacher, 60, 3, fabric, budget=2.0)
     assert one.fingerprint == two.fingerprint and one.provenance == two.provenance
 
 
