@@ -676,8 +676,9 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     shape = "x".join(map(str, images.shape))
     if images.ndim != 4 or images.shape[1] != train.channels or images.shape[2] != images.shape[3]:
         refuse("condenser", path.name, f"its images, {shape}, must be square with the {train.channels} channels of dataset")
-    if labels.is_floating_point() and labels.shape[-1] != train.num_classes or labels.max() >= train.num_classes:
-        refuse("condenser", path.name, f"its labels must be those of dataset's {train.num_classes} classes")
+    soft, k = labels.is_floating_point(), train.num_classes
+    if labels.shape[-1] != k if soft else not 0 <= labels.min() <= labels.max() < k:
+        refuse("condenser", path.name, f"its labels must be those of dataset's {k} classes")
     images, how = denormalise(images, train, normalisation)
     labels = labels.float() if labels.is_floating_point() else labels.long()
     notes = {"method": "published", "file": path.name, "normalisation": how}

@@ -20,7 +20,7 @@ from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .cache import refuse
+from .cache import refuse, whole
 from .data import ImageSet
 from .discriminator import frechet_distance, mmd
 from .models import Classifier
@@ -135,13 +135,14 @@ def plot_quality(rows: dict[str, dict]) -> Figure:  # name -> its row
 def nearest(
     images: ImageSet,
     reference: ImageSet,
-    k: int = 2,  # neighbours of each image
+    k: int = 2,  # neighbours of each image, at most as many as there are
     batch_size: int = 256,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:  # on the CPU, nearest first: distances (0: a copy), and places in `reference`
     "The images of `reference` nearest to each image, by root mean square pixel difference. `ValueError` for sets of other shapes."
     if (images.channels, images.size) != (reference.channels, reference.size):
         raise ValueError(f"{images} and {reference} differ in size or channels")
     device, found = reference.images.device, []
+    whole("k", k, 1, len(reference))
     index = torch.arange(len(reference), device=device)
     for x in images.batch().flatten(1).to(device).split(batch_size):
         parts = [torch.cdist(x, reference.batch(i).flatten(1)).topk(min(k, len(i)), largest=False) for i in index.split(8192)]

@@ -160,8 +160,8 @@ def crops(wanted: Wanted, photo: str = "china", batch: int = 250) -> Stream:
             at = level == k
             picture = levels[k].expand(int(at.sum()), -1, -1, -1)
             out[at] = F.grid_sample(picture, grid[at], padding_mode="reflection", align_corners=False)
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(2**31, (), generator=g)))
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(int(torch.randint(2**31, (), generator=g)))
             out = (CROP(out).clamp(0, 1) * 255).round().to(torch.uint8)
         yield out[worth_keeping(out)]
 
