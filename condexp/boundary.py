@@ -109,6 +109,7 @@ def close_in(
     gap: float,  # root mean square
 ) -> tuple[Tensor, Tensor]:
     "Halve the way between each pair until it is at most `gap`, one end on each side of the boundary."
+    before, after = before.clone(), after.clone()
     for _ in range(30):  # beyond which numbers are too coarse
         wide = ((after - before).square().mean((1, 2, 3)).sqrt() > gap).nonzero().flatten()
         if not len(wide):
