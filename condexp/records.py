@@ -67,7 +67,7 @@ def peak_memory(fabric: Fabric) -> int:  # megabytes; 0 where the system does no
 
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
-# %% ../nbs/11_records.ipynb #cell-07
+# %% ../nbs/11_records.ipynb #cell-08
 def write_record(
     path: Path,
     config: dict,  # the run's parameters
@@ -103,12 +103,12 @@ def known(value):
         return [known(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-# %% ../nbs/11_records.ipynb #cell-08
+# %% ../nbs/11_records.ipynb #cell-10
 def curves(history: list[dict]) -> list[dict]:
     "A history with five significant digits: enough to draw, and half as long in a record."
     return [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()} for entry in history]
 
-# %% ../nbs/11_records.ipynb #cell-11
+# %% ../nbs/11_records.ipynb #cell-13
 def record_rows(record: dict, file: str) -> list[dict]:
     "A row for each accuracy of one record."
     common = record["config"] | dict(file=file, teacher_accuracy=record["teacher_accuracy"])
@@ -130,7 +130,7 @@ def record_rows(record: dict, file: str) -> list[dict]:
         rows.append(common | measured | own | {"set": name, "accuracy": value})
     return rows
 
-# %% ../nbs/11_records.ipynb #cell-12
+# %% ../nbs/11_records.ipynb #cell-14
 def read_records(
     folder: Path,  # read with its subfolders
     pattern: str = "*.json",  # of the files' names
@@ -139,14 +139,14 @@ def read_records(
     paths = sorted(Path(folder).rglob(pattern))
     return pd.DataFrame([row for p in paths for row in record_rows(json.loads(p.read_text()), p.name)])
 
-# %% ../nbs/11_records.ipynb #cell-13
+# %% ../nbs/11_records.ipynb #cell-15
 def plus_minus(table: pd.DataFrame, rows: list[str], columns: str = "set", value: str = "accuracy") -> pd.DataFrame:
     "Mean ± standard deviation (of several) of `value` as text, by columns of `read_records`; a dash where there is nothing."
     cells = table.groupby([*rows, columns], sort=False)[value].agg(["mean", "std", "count"])
     text = cells.apply(lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}" if c["count"] > 1 else f"{c['mean']:.1f}", axis=1)
     return text.unstack(columns).fillna("–")
 
-# %% ../nbs/11_records.ipynb #cell-16
+# %% ../nbs/11_records.ipynb #cell-18
 def paired(
     table: pd.DataFrame,  # of `read_records`, one row for each set and seed
     one: str,  # a name in the column `set`
@@ -166,7 +166,7 @@ def paired(
     p = float(ttest_rel(pairs[one], pairs[other]).pvalue) if n > 1 else float("nan")
     return dict(difference=gap.mean(), error=gap.sem(), p=p, better=int((gap > 0).sum()), seeds=n)
 
-# %% ../nbs/11_records.ipynb #cell-18
+# %% ../nbs/11_records.ipynb #cell-21
 def best_rival(table: pd.DataFrame, one: str, others: Sequence[str], value: str = "accuracy") -> dict:
     "`paired` of `one` with the best, by its mean, of those of `others` that are there; `rival` is its name."
     means = table[table.set.isin(others)].groupby("set")[value].mean()
@@ -179,12 +179,12 @@ def scale(table: pd.DataFrame) -> list[str]:
     seeds = table.groupby(["dataset", "size", "schedule"], sort=False).seed.nunique()
     return [f"`{name}`{f' at {size:g} px' if size else ''}, {schedule}, {n} seeds" for (name, size, schedule), n in seeds.items()]
 
-# %% ../nbs/11_records.ipynb #cell-21
+# %% ../nbs/11_records.ipynb #cell-24
 ARM_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "full")
 ARM_COLOURS = dict(zip(ARM_ORDER, sns.color_palette("colorblind", len(ARM_ORDER)), strict=True))
 ARM_MARKERS = dict(zip(ARM_ORDER, "sDvoP^", strict=True))
 
-# %% ../nbs/11_records.ipynb #cell-22
+# %% ../nbs/11_records.ipynb #cell-25
 def plot_students(
     histories: dict[str, list[dict]],  # arm, or name of a set -> its history
     teacher_accuracy: float,  # percent, drawn as a line
@@ -205,7 +205,7 @@ def plot_students(
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-25
+# %% ../nbs/11_records.ipynb #cell-28
 def plot_discriminators(histories: dict[str, list[dict]]) -> Figure:
     "How often discriminators are right about condensed (real) and synthetic (fake) features, epoch by epoch."
     figure, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
@@ -220,7 +220,7 @@ def plot_discriminators(histories: dict[str, list[dict]]) -> Figure:
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-28
+# %% ../nbs/11_records.ipynb #cell-31
 def tsne_plane(
     sets: dict[str, ImageSet],  # name -> images
     teacher: Classifier,
@@ -243,7 +243,7 @@ def tsne_plane(
     plane = cached("tsne", config, compute, save, lambda path: load_tensors(path)[0]["plane"])
     return dict(zip(sets, plane.split([len(s) for s in sets.values()]), strict=True))
 
-# %% ../nbs/11_records.ipynb #cell-29
+# %% ../nbs/11_records.ipynb #cell-32
 def plot_tsne(
     sets: dict[str, ImageSet],  # name -> images; the first is drawn in grey behind all others
     teacher: Classifier,
@@ -267,7 +267,7 @@ def plot_tsne(
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-30
+# %% ../nbs/11_records.ipynb #cell-33
 def _class_colours(s: ImageSet) -> list:
     "A colour for each image; colour-blind-safe up to ten classes, where grey is left to what lies behind."
     safe = [c if i != 7 else (0, 0, 0) for i, c in enumerate(sns.color_palette("colorblind"))]
@@ -283,7 +283,7 @@ def _name_classes(ax, points: torch.Tensor, s: ImageSet) -> None:
         ax.text(x, y, s.classes[c], ha="center", va="center", fontsize=9, weight="bold",
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.75))
 
-# %% ../nbs/11_records.ipynb #cell-33
+# %% ../nbs/11_records.ipynb #cell-36
 def plot_arms(
     table: pd.DataFrame,  # of `read_records`
     y: str,  # the column whose values are the rows of a panel
@@ -304,7 +304,7 @@ def plot_arms(
     plt.close(grid.figure)
     return grid.figure
 
-# %% ../nbs/11_records.ipynb #cell-36
+# %% ../nbs/11_records.ipynb #cell-39
 def in_words(record: dict) -> str:
     "The accuracies of one record as a few sentences of Markdown."
     accuracy, teacher = record["accuracy"], record["teacher_accuracy"]
@@ -321,7 +321,7 @@ def in_words(record: dict) -> str:
     lines += _distances_in_words(record.get("distances", {}))
     return " ".join(lines) + " This is one seed: a difference of a point or two between arms may be chance."
 
-# %% ../nbs/11_records.ipynb #cell-37
+# %% ../nbs/11_records.ipynb #cell-40
 def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
     if not {"mixed", "expanded"} <= distances.keys():
         return []
@@ -346,7 +346,7 @@ def fair_frechet(distances: dict[str, dict[str, float]]) -> str:
     "The Frechet distance that compares all sets of a record: of ten images per class, or of one where a set has fewer."
     return "frechet_10" if all("frechet_10" in d for d in distances.values()) else "frechet_1"
 
-# %% ../nbs/11_records.ipynb #cell-40
+# %% ../nbs/11_records.ipynb #cell-43
 TABLE = dict(  # entry of a record: column, format
     accuracy=("accuracy (%)", "{:.1f}"),
     images=("images", "{:,.0f}"),
@@ -358,7 +358,7 @@ TABLE = dict(  # entry of a record: column, format
     agreement=("teacher agrees (%)", "{:.0f}"),
 )
 
-# %% ../nbs/11_records.ipynb #cell-41
+# %% ../nbs/11_records.ipynb #cell-44
 def arm_table(record: dict) -> pd.DataFrame:
     "The record's arms as a table of text: accuracy, images, steps, distances of the pool to real images."
     distances = record.get("distances", {})
@@ -372,7 +372,7 @@ def arm_table(record: dict) -> pd.DataFrame:
         for name, (column, form) in TABLE.items() if name not in hidden and any(name in row for row in rows.values())
     })
 
-# %% ../nbs/11_records.ipynb #cell-42
+# %% ../nbs/11_records.ipynb #cell-45
 def plot_accuracies(record: dict) -> Figure:
     "The arms' accuracies as bars, the teacher's as a line."
     accuracy = record["accuracy"]

@@ -138,6 +138,28 @@ def test_settings_of_other_surrogates_do_not_make_a_set_anew(teacher, fabric):
     assert one.provenance == two.provenance
 
 
+def test_a_set_says_where_it_comes_from_whoever_had_its_pixels_first(teacher, digits, fabric):
+    sets = [replace(digits.test, provenance={"method": method}) for method in ("random", "dm")]
+    one, two = (surrogate(s, teacher, 20, 0, fabric, sampling="asis") for s in sets)
+    assert one.fingerprint == two.fingerprint and (one.provenance["method"], two.provenance["method"]) == ("random", "dm")
+
+
+def test_real_images_of_another_size_than_the_teachers_are_refused(teacher, digits, fabric):
+    small = replace(digits.test, images=digits.test.images[..., :8, :8])
+    with pytest.raises(ValueError, match="surrogate is '8 px', but the teacher takes 16 px"):
+        surrogate(small, teacher, 4, 0, fabric)
+
+
+@pytest.mark.skipif(bool(NO_GL), reason=NO_GL)
+def test_what_cannot_be_read_in_a_folder_of_shaders_is_listed_and_the_rest_is_used(tmp_path):
+    (tmp_path / "broken.json").write_text("{not json")
+    (tmp_path / "empty.json").write_text('{"renderpass": [{"type": "image"}]}')
+    bands = "void main() { gl_FragColor = vec4(fract(gl_FragCoord.xy * time / 9.), 0., 1.); }"
+    (tmp_path / "good.frag").write_text(f"uniform float time; {bands}")
+    with pytest.warns(UserWarning, match=r"(?s)2 of 3 programs cannot be used.*broken.json.*empty.json"):
+        assert first("shaders", 4, shader_folder=str(tmp_path), backend="opengl").shape == (4, 3, 32, 32)
+
+
 def test_images_that_are_no_numbers_are_refused(teacher, digits, fabric):
     broken = replace(digits.test, images=torch.full((4, 1, 16, 16), float("nan")), labels=torch.zeros(4).long())
     with pytest.raises(ValueError, match="surrogate is 'not finite'"):
