@@ -27,7 +27,7 @@ from lightning_fabric import Fabric
 from matplotlib.figure import Figure
 
 import condexp
-from .cache import cached, load_tensors, save_tensors, write_atomic
+from .cache import cached, load_tensors, refuse, save_tensors, write_atomic
 from .data import ImageSet
 from .models import Classifier, fingerprint
 from .training import precision_of, predict
@@ -135,8 +135,9 @@ def read_records(
     folder: Path,  # read with its subfolders
     pattern: str = "*.json",  # of the files' names
 ) -> pd.DataFrame:  # a row for each accuracy: its `set`, file, seed and parameters, images, steps, seconds, distances
-    "All accuracies of the records under `folder`."
-    paths = sorted(Path(folder).rglob(pattern))
+    "All accuracies of the records under `folder`. `ValueError` if there is none."
+    if not (paths := sorted(Path(folder).rglob(pattern))):
+        refuse("records", str(folder), f"no file in it is called {pattern!r}; reports/Snakefile has the commands that make records")
     return pd.DataFrame([row for p in paths for row in record_rows(json.loads(p.read_text()), p.name)])
 
 # %% ../nbs/11_records.ipynb #cell-15
