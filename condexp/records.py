@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARM_ORDER', 'ARM_COLOURS', 'ARM_MARKERS', 'TABLE', 'environment', 'commit_of', 'peak_memory', 'write_record', 'known',
-           'curves', 'record_rows', 'read_records', 'plus_minus', 'paired', 'best_rival', 'scale', 'plot_students',
-           'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_arms', 'in_words', 'fair_frechet', 'arm_table',
-           'plot_accuracies']
+           'curves', 'record_rows', 'read_records', 'plus_minus', 'paired', 'best_rival', 'scale', 'paired_table',
+           'plot_students', 'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_arms', 'in_words', 'fair_frechet',
+           'arm_table', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -25,6 +25,7 @@ import seaborn as sns
 import torch
 from lightning_fabric import Fabric
 from matplotlib.figure import Figure
+from pandas.io.formats.style import Styler
 
 import condexp
 from .cache import cached, load_tensors, refuse, save_tensors, write_atomic
@@ -180,12 +181,20 @@ def scale(table: pd.DataFrame) -> list[str]:
     seeds = table.groupby(["dataset", "size", "schedule"], sort=False).seed.nunique()
     return [f"`{name}`{f' at {size:g} px' if size else ''}, {schedule}, {n} seeds" for (name, size, schedule), n in seeds.items()]
 
-# %% ../nbs/11_records.ipynb #cell-24
+# %% ../nbs/11_records.ipynb #cell-23
+def paired_table(
+    tests: Sequence[dict],  # of `paired` or `best_rival`, each with what tells it from the others
+) -> Styler:
+    "Paired tests as a table to read."
+    words = dict(difference="difference (points)", error="standard error", better="seeds ahead")
+    return pd.DataFrame(tests).rename(columns=words).style.format(precision=2).format("{:.4f}", subset=["p"]).hide()
+
+# %% ../nbs/11_records.ipynb #cell-26
 ARM_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "full")
 ARM_COLOURS = dict(zip(ARM_ORDER, sns.color_palette("colorblind", len(ARM_ORDER)), strict=True))
 ARM_MARKERS = dict(zip(ARM_ORDER, "sDvoP^", strict=True))
 
-# %% ../nbs/11_records.ipynb #cell-25
+# %% ../nbs/11_records.ipynb #cell-27
 def plot_students(
     histories: dict[str, list[dict]],  # arm, or name of a set -> its history
     teacher_accuracy: float,  # percent, drawn as a line
@@ -206,8 +215,8 @@ def plot_students(
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-28
-def plot_discriminators(histories: dict[str, list[dict]]) -> Figure:
+# %% ../nbs/11_records.ipynb #cell-30
+def plot_discriminators(histories: dict[str, list[dict]], title: str = "") -> Figure:
     "How often discriminators are right about condensed (real) and synthetic (fake) features, epoch by epoch."
     figure, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
     for (name, history), colour in zip(histories.items(), sns.color_palette("colorblind", len(histories)), strict=True):
@@ -215,13 +224,13 @@ def plot_discriminators(histories: dict[str, list[dict]]) -> Figure:
             right = [100 * h[side] for h in history]
             ax.plot([h["epoch"] for h in history], right, style, color=colour, label=f"{name}: on {text}", markersize=5)
     ax.axhline(50, color="0.4", linestyle=":", label="guessing")
-    ax.set(xlabel="epoch", ylabel="discriminator is right (%)", ylim=(0, 103))
+    ax.set(xlabel="epoch", ylabel="discriminator is right (%)", ylim=(0, 103), title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right upper")
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-31
+# %% ../nbs/11_records.ipynb #cell-33
 def tsne_plane(
     sets: dict[str, ImageSet],  # name -> images
     teacher: Classifier,
@@ -244,7 +253,7 @@ def tsne_plane(
     plane = cached("tsne", config, compute, save, lambda path: load_tensors(path)[0]["plane"])
     return dict(zip(sets, plane.split([len(s) for s in sets.values()]), strict=True))
 
-# %% ../nbs/11_records.ipynb #cell-32
+# %% ../nbs/11_records.ipynb #cell-34
 def plot_tsne(
     sets: dict[str, ImageSet],  # name -> images; the first is drawn in grey behind all others
     teacher: Classifier,
@@ -268,7 +277,7 @@ def plot_tsne(
     plt.close(figure)
     return figure
 
-# %% ../nbs/11_records.ipynb #cell-33
+# %% ../nbs/11_records.ipynb #cell-35
 def _class_colours(s: ImageSet) -> list:
     "A colour for each image; colour-blind-safe up to ten classes, where grey is left to what lies behind."
     safe = [c if i != 7 else (0, 0, 0) for i, c in enumerate(sns.color_palette("colorblind"))]
@@ -284,7 +293,7 @@ def _name_classes(ax, points: torch.Tensor, s: ImageSet) -> None:
         ax.text(x, y, s.classes[c], ha="center", va="center", fontsize=9, weight="bold",
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.75))
 
-# %% ../nbs/11_records.ipynb #cell-36
+# %% ../nbs/11_records.ipynb #cell-38
 def plot_arms(
     table: pd.DataFrame,  # of `read_records`
     y: str,  # the column whose values are the rows of a panel
@@ -305,7 +314,7 @@ def plot_arms(
     plt.close(grid.figure)
     return grid.figure
 
-# %% ../nbs/11_records.ipynb #cell-39
+# %% ../nbs/11_records.ipynb #cell-41
 def in_words(record: dict) -> str:
     "The accuracies of one record as a few sentences of Markdown."
     accuracy, teacher = record["accuracy"], record["teacher_accuracy"]
@@ -322,7 +331,7 @@ def in_words(record: dict) -> str:
     lines += _distances_in_words(record.get("distances", {}))
     return " ".join(lines) + " This is one seed: a difference of a point or two between arms may be chance."
 
-# %% ../nbs/11_records.ipynb #cell-40
+# %% ../nbs/11_records.ipynb #cell-42
 def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
     if not {"mixed", "expanded"} <= distances.keys():
         return []
@@ -347,7 +356,7 @@ def fair_frechet(distances: dict[str, dict[str, float]]) -> str:
     "The Frechet distance that compares all sets of a record: of ten images per class, or of one where a set has fewer."
     return "frechet_10" if all("frechet_10" in d for d in distances.values()) else "frechet_1"
 
-# %% ../nbs/11_records.ipynb #cell-43
+# %% ../nbs/11_records.ipynb #cell-45
 TABLE = dict(  # entry of a record: column, format
     accuracy=("accuracy (%)", "{:.1f}"),
     images=("images", "{:,.0f}"),
@@ -359,7 +368,7 @@ TABLE = dict(  # entry of a record: column, format
     agreement=("teacher agrees (%)", "{:.0f}"),
 )
 
-# %% ../nbs/11_records.ipynb #cell-44
+# %% ../nbs/11_records.ipynb #cell-46
 def arm_table(record: dict) -> pd.DataFrame:
     "The record's arms as a table of text: accuracy, images, steps, distances of the pool to real images."
     distances = record.get("distances", {})
@@ -373,7 +382,7 @@ def arm_table(record: dict) -> pd.DataFrame:
         for name, (column, form) in TABLE.items() if name not in hidden and any(name in row for row in rows.values())
     })
 
-# %% ../nbs/11_records.ipynb #cell-45
+# %% ../nbs/11_records.ipynb #cell-47
 def plot_accuracies(record: dict) -> Figure:
     "The arms' accuracies as bars, the teacher's as a line."
     accuracy = record["accuracy"]

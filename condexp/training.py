@@ -222,7 +222,8 @@ def fit(
             if test is not None:
                 entry["test_accuracy"] = accuracy(model, test, fabric)
             history.append(entry | {"epoch": epoch + 1, "seconds": time.perf_counter() - began})
-            bar.set_postfix_str(f"accuracy {entry.get('test_accuracy', entry['accuracy']):.1f} %")
+            told = "test_accuracy" if test is not None else "accuracy"
+            bar.set_postfix_str(f"{'' if test is not None else 'training '}accuracy {entry[told]:.1f} %")
             checkpoint.save(_state(parts, history))
     return history
 
