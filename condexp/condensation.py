@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['CONDENSERS', 'EVERY', 'EVALUATION', 'EVALUATION_NETWORK', 'PUBLISHED_STATISTICS', 'NORMALISATIONS', 'NUMPY_SCALARS',
            'Task', 'Condenser', 'Random', 'random_network', 'embed', 'herd', 'Herding', 'class_means', 'dm_loss',
-           'class_table', 'draw_columns', 'each', 'embedded_means', 'Pixels', 'first_images', 'optimise', 'resume',
-           'DM', 'gradient_distance', 'gradients', 'descend', 'DSA', 'Matching', 'Whitening', 'WhitePixels', 'MTT',
+           'Members', 'each', 'embedded_means', 'Pixels', 'first_images', 'optimise', 'resume', 'DM',
+           'gradient_distance', 'gradients', 'descend', 'DSA', 'Matching', 'Whitening', 'WhitePixels', 'MTT',
            'white_network', 'train_expert', 'expert_trajectories', 'Chase', 'train_from_scratch', 'check_condenser',
-           'default_iterations', 'condense', 'provenance', 'published_statistics', 'in_range', 'denormalise',
-           'read_published', 'published_set', 'load_condensed', 'soften']
+           'default_iterations', 'condense', 'provenance', 'nearest_statistics', 'published_statistics', 'in_range',
+           'recognised', 'denormalise', 'read_published', 'published_set', 'load_condensed', 'soften']
 
 # %% ../nbs/04_condensation.ipynb #cell-02
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -47,6 +47,7 @@ class Task:
     iterations: int  # optimisation steps
     fabric: Fabric
     checkpoint: Checkpoint  # where an optimisation keeps its state, and finds it
+    clock: list[float] = field(default_factory=lambda: [time.perf_counter()])  # when it began, had it not been interrupted
 
 # %% ../nbs/04_condensation.ipynb #cell-06
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Condenser:
 
     chooses: ClassVar[bool] = False  # among real images, instead of optimising new ones
     mixed: ClassVar[bool] = False  # whether it computes in the run's precision; else in single precision
+    largest: ClassVar[int] = 512  # pixels, a side
     iterations: ClassVar[tuple[int, int]] = (150, 300)  # by default: for up to 5,000 images, for more
 
     def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
@@ -140,18 +142,20 @@ def dm_loss(real: Float[Tensor, "k d"], synthetic: Float[Tensor, "k d"]) -> Floa
     return (real - synthetic).square().sum()
 
 # %% ../nbs/04_condensation.ipynb #cell-22
-def class_table(labels: Int[Tensor, "n"], classes: int) -> Int[Tensor, "k most"]:
-    "The indices of each class as one row; shorter classes repeat theirs."
-    rows = [(labels == c).nonzero().flatten() for c in range(classes)]
-    if empty := [c for c, row in enumerate(rows) if len(row) == 0]:
-        raise ValueError(f"class {empty[0]} has no images to condense")
-    most = max(map(len, rows))
-    return torch.stack([row.repeat(-(-most // len(row)))[:most] for row in rows])
+class Members:
+    "The images of each of `k` classes, by their indices, to draw from."
 
+    def __init__(self, labels: Int[Tensor, "n"], k: int):
+        self.rows = [(labels == c).nonzero().flatten() for c in range(k)]
+        if empty := [c for c, row in enumerate(self.rows) if len(row) == 0]:
+            raise ValueError(f"class {empty[0]} has no images to condense")
+        self.counts = torch.tensor([len(row) for row in self.rows], device=labels.device)
+        self.table = nn.utils.rnn.pad_sequence(self.rows, batch_first=True)
 
-def draw_columns(table: Int[Tensor, "k most"], count: int) -> Int[Tensor, "k count"]:
-    "Random members of each class, with replacement."
-    return table.gather(1, torch.randint(table.shape[1], (len(table), count), device=table.device))
+    def draw(self, count: int) -> Int[Tensor, "k count"]:
+        "Random members of each class, all as likely, with replacement."
+        where = torch.rand(len(self.rows), count, dtype=torch.double, device=self.table.device)
+        return self.table.gather(1, (where * self.counts[:, None]).long())
 
 # %% ../nbs/04_condensation.ipynb #cell-25
 def each(draw: dict[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -216,11 +220,17 @@ class Pixels:
 
 # %% ../nbs/04_condensation.ipynb #cell-31
 def first_images(task: Task) -> ImageSet:
-    "Random real images to begin from; all drawn with replacement if a class has fewer than `task.ipc`."
+    "Random real images to begin from; a class with fewer than `task.ipc` gives its images again, with a little noise."
     train, ipc = task.train, task.ipc
     if ipc <= min(train.counts):
         return random_per_class(train, ipc, task.seed)
-    return train.subset(draw_columns(class_table(train.hard_labels, train.num_classes), ipc).flatten())
+    rows = Members(train.hard_labels, train.num_classes).rows
+    order = [row[torch.randperm(len(row), device=row.device)].repeat(-(-ipc // len(row)))[:ipc] for row in rows]
+    again = torch.cat([torch.arange(ipc, device=row.device) >= len(row) for row in rows])
+    start = train.subset(torch.cat(order))
+    images = start.batch()
+    images[again] += 0.05 * torch.randn_like(images[again])  # equal images would stay equal for ever
+    return replace(start, images=images.clamp(0, 1))
 
 # %% ../nbs/04_condensation.ipynb #cell-34
 EVERY = 10  # iterations between two readings of the loss, and two checkpoints
@@ -242,7 +252,8 @@ def optimise(
             loss = finite(torch.stack(losses).mean().item(), name, "a lower learning rate of the pixels")
             history.append({"iteration": i, "loss": loss})
             losses.clear()
-            task.checkpoint.save({"pixels": pixels.state_dict(), "history": history, "rng": rng_state()})
+            spent = time.perf_counter() - task.clock[0]
+            task.checkpoint.save({"pixels": pixels.state_dict(), "history": history, "rng": rng_state(), "spent": spent})
     return history
 
 # %% ../nbs/04_condensation.ipynb #cell-35
@@ -252,6 +263,7 @@ def resume(task: Task, pixels: Pixels) -> list[dict]:
         return []
     pixels.load_state_dict(state["pixels"])
     set_rng_state(state["rng"])
+    task.clock[0] = time.perf_counter() - state["spent"]
     return state["history"]
 
 # %% ../nbs/04_condensation.ipynb #cell-37
@@ -267,24 +279,25 @@ class DM(Condenser):
 
     def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
         train, pixels = task.train, Pixels(task, self.lr * task.ipc, self.momentum)
-        table = class_table(train.hard_labels, train.num_classes)
+        members = Members(train.hard_labels, train.num_classes)
         network = random_network(self.network, train, task.fabric)
-        history = optimise(task, pixels, partial(self.backward, task, pixels, table, siamese(train), network), "DM")
+        history = optimise(task, pixels, partial(self.backward, task, pixels, members, siamese(train), network), "DM")
         return pixels.as_set(train), history
 
     def backward(
-        self, task: Task, pixels: Pixels, table: Int[Tensor, "k most"], augment: Augment, network: nn.Module, _: int
+        self, task: Task, pixels: Pixels, members: Members, augment: Augment, network: nn.Module, _: int
     ) -> Float[Tensor, ""]:
         "Match class means in `network`, its weights drawn anew, under one draw of augmentation for each class."
         kaiming(network)
-        draw = augment.draw(len(table), table.device)
-        members = draw_columns(table, max(self.real, min(2 * task.ipc, 256)))
-        own = torch.arange(len(pixels.labels), device=table.device).view(len(table), -1)
-        total = torch.zeros((), device=table.device)
-        for group in torch.arange(len(table), device=table.device).split(max(1, 2048 // members.shape[1])):
+        k, device = len(members.rows), pixels.labels.device
+        draw = augment.draw(k, device)
+        shown = members.draw(max(self.real, min(2 * task.ipc, 256)))
+        own = torch.arange(len(pixels.labels), device=device).view(k, -1)
+        total = torch.zeros((), device=device)
+        for group in torch.arange(k, device=device).split(max(1, 2048 // shown.shape[1])):
             view = partial(embedded_means, network, augment, {k: v[group] for k, v in draw.items()}, task.fabric)
             with torch.no_grad():
-                real = view(task.train.batch(members[group].flatten()))
+                real = view(task.train.batch(shown[group].flatten()))
             loss = dm_loss(real, view(pixels.images(own[group].flatten())))
             loss.backward()
             total += loss.detach()
@@ -345,7 +358,7 @@ class Matching:
 
     def __init__(self, task: Task, pixels: Pixels, settings: DSA):
         self.task, self.pixels, self.settings = task, pixels, settings
-        self.table = class_table(task.train.hard_labels, task.train.num_classes)
+        self.members = Members(task.train.hard_labels, task.train.num_classes)
         self.augment = siamese(task.train)
         self.life = 1 if task.ipc == 1 else settings.life
 
@@ -353,8 +366,8 @@ class Matching:
         "Match the gradients of every class; the network then learns from the synthetic images, or is replaced."
         if (iteration - 1) % self.life == 0:
             self.network = random_network(self.settings.network, self.task.train, self.task.fabric).requires_grad_()
-        members = draw_columns(self.table, self.settings.real)
-        loss = torch.stack([self.match(c, real) for c, real in enumerate(members)]).sum()
+        shown = self.members.draw(self.settings.real)
+        loss = torch.stack([self.match(c, real) for c, real in enumerate(shown)]).sum()
         if self.life > 1:
             self.train()
         return loss
@@ -370,19 +383,20 @@ class Matching:
         return loss.detach()
 
     def train(self) -> None:
-        "A few steps of the network on the synthetic images as they are."
-        images = self.pixels.images().detach()
+        "A few steps of the network on the synthetic images as they are, on batches of at most 256 (as published)."
+        images, labels = self.pixels.images().detach(), self.pixels.labels
         for _ in range(self.settings.training):
-            descend(self.network, self.augment(images), self.pixels.labels, self.settings.lr_network)
+            rows = torch.randperm(len(images), device=images.device)[:256]
+            descend(self.network, self.augment(images[rows]), labels[rows], self.settings.lr_network)
 
 # %% ../nbs/04_condensation.ipynb #cell-53
 class Whitening(nn.Module):
     "ZCA: images to decorrelated images of the same shape, and back (`undo`)."
 
-    def __init__(self, matrix: Float[Tensor, "d d"], centre: Float[Tensor, "d"]):  # d = c h w
+    def __init__(self, values: Float[Tensor, "d"], vectors: Float[Tensor, "d d"], centre: Float[Tensor, "d"]):  # d = c h w
         super().__init__()
-        self.register_buffer("matrix", matrix)
-        self.register_buffer("inverse", torch.linalg.inv(matrix))
+        self.register_buffer("matrix", vectors * values.rsqrt() @ vectors.T)
+        self.register_buffer("inverse", vectors * values.sqrt() @ vectors.T)
         self.register_buffer("centre", centre)
 
     @classmethod
@@ -390,7 +404,7 @@ class Whitening(nn.Module):
         "From the covariance of (at most `most`, evenly spaced) training images."
         x = train.batch(torch.arange(0, len(train), -(-len(train) // most), device=train.images.device)).flatten(1)
         values, vectors = torch.linalg.eigh(x.T.cov())
-        return cls((vectors * (values.clamp(min=0) + epsilon).rsqrt()) @ vectors.T, x.mean(0))
+        return cls(values.clamp(min=0) + epsilon, vectors, x.mean(0))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         return ((x.flatten(1) - self.centre) @ self.matrix).view_as(x)
@@ -435,6 +449,7 @@ class MTT(Condenser):
     "Trajectory matching (Cazenavette et al. 2022) with a learned step size, in whitened pixels."
 
     iterations = (50, 200)
+    largest = 64  # whitening takes a matrix of all values of an image by all
     network: str = "convnet3_w64"
     lr: float = 100.0  # of whitened pixels and one image per class; it grows with the square root of their number
     momentum: float = 0.5
@@ -554,8 +569,10 @@ def train_from_scratch(
 
 # %% ../nbs/04_condensation.ipynb #cell-71
 def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Condenser:
-    "The condenser called `name`; refuses unknown ones, impossible `ipc` and negative `iterations`."
+    "The condenser called `name`; refuses unknown ones, too large images, impossible `ipc` and negative `iterations`."
     condenser = CONDENSERS[one_of("condenser", name, CONDENSERS)]
+    if train.size > condenser.largest:
+        refuse("size", train.size, f"{name} takes images of up to {condenser.largest} px")
     whole("ipc", ipc, 1)
     whole("iterations", iterations, 0)
     least = min(range(train.num_classes), key=train.counts.__getitem__)
@@ -586,11 +603,10 @@ def condense(
     config = {"condenser": name, "seed": seed, "source": train.fingerprint, **settings}
 
     def compute(checkpoint: Checkpoint) -> ImageSet:
-        began = time.perf_counter()
         with seeded(seed):
             task = Task(on_device(train, fabric), ipc, seed, steps, fabric, checkpoint)
             made, history = condenser.make(task)
-        seconds = round(time.perf_counter() - began, 2)
+        seconds = round(time.perf_counter() - task.clock[0], 2)  # without MTT's experts where they were there
         notes = provenance(name, settings, seed, train) | {"history": history, "seconds": seconds}
         notes["learned"] = made.provenance.get("learned", {})
         return replace(made, labels=made.hard_labels, provenance=notes)
@@ -605,54 +621,75 @@ def provenance(name: str, settings: dict, seed: int, train: ImageSet) -> dict:
     return {"method": name, "config": settings, "seed": seed, "evaluation": evaluation, "source": source}
 
 # %% ../nbs/04_condensation.ipynb #cell-76
-PUBLISHED_STATISTICS = (  # mean, std: what the DC, DSA, DM and MTT code normalises with
-    ((0.1307,), (0.3081,)),  # MNIST
-    ((0.2861,), (0.3530,)),  # Fashion-MNIST
-    ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),  # SVHN
-    ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # CIFAR-10
-    ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),  # CIFAR-100
-    ((0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)),  # ImageNet and its subsets
-)
-NORMALISATIONS = ("auto", "none", "standard", "zca")
+PUBLISHED_STATISTICS = {  # mean, std: what the DC, DSA, DM and MTT code normalises with
+    "mnist": ((0.1307,), (0.3081,)),
+    "fashion_mnist": ((0.2861,), (0.3530,)),
+    "svhn": ((0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.4850, 0.4560, 0.4060), (0.2290, 0.2240, 0.2250)),  # and its subsets
+}
+NORMALISATIONS = ("auto", "none", "standard", "zca", *PUBLISHED_STATISTICS)
 
 
-def published_statistics(train: ImageSet) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
-    "The constants of the published set whose mean is nearest to that of `train`; its own if it is like none of them."
-    own = (train.mean, train.std)
-    distance = lambda s: max(abs(a - b) for a, b in zip(s[0], train.mean, strict=True))
-    near = [s for s in PUBLISHED_STATISTICS if len(s[0]) == train.channels and distance(s) < 0.02]
-    return tuple(torch.tensor(values).view(-1, 1, 1) for values in min(near, key=distance, default=own))
+def nearest_statistics(train: ImageSet) -> str:
+    "The published set whose mean is nearest to that of `train`, or `own` if it is like none of them."
+    distance = lambda name: max(abs(a - b) for a, b in zip(PUBLISHED_STATISTICS[name][0], train.mean, strict=True))
+    near = [n for n, (mean, _) in PUBLISHED_STATISTICS.items() if len(mean) == train.channels and distance(n) < 0.02]
+    return min(near, key=distance, default="own")
+
+
+def published_statistics(name: str, train: ImageSet) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
+    "Mean and standard deviation of a published set, or of `train` itself; refused if it has other channels."
+    values = PUBLISHED_STATISTICS.get(name, (train.mean, train.std))
+    if len(values[0]) != train.channels:
+        refuse("normalisation", name, f"dataset has {train.channels} channels")
+    return tuple(torch.tensor(v).view(-1, 1, 1) for v in values)
 
 # %% ../nbs/04_condensation.ipynb #cell-78
-def in_range(images: Tensor) -> bool:
-    "Whether nine of ten values lie in [0, 1], or a tenth beside it."
-    return float(((images > -0.1) & (images < 1.1)).float().mean()) > 0.9
+def in_range(images: Tensor, share: float = 0.9) -> bool:
+    "Whether a `share` of the values lies in [0, 1], or a tenth beside it."
+    return float(((images > -0.1) & (images < 1.1)).float().mean()) > share
 
 # %% ../nbs/04_condensation.ipynb #cell-79
+def recognised(images: Float[Tensor, "n c h w"], train: ImageSet) -> str:
+    "Whether published images are in [0, 1] (`none`) or normalised (`standard`), by their values; refused where it cannot be told."
+    mean, std = published_statistics(name := nearest_statistics(train), train)
+    if in_range(images):
+        return "none"
+    if name == "cifar100" or (float(images.std()) > 0.7 and in_range(images * std + mean)):
+        return "standard"
+    found = "these images are neither in [0, 1] nor clearly normalised"
+    refuse("normalisation", "auto", f"{found}: say zca if they were whitened, standard if normalised and never clamped")
+
+# %% ../nbs/04_condensation.ipynb #cell-80
 def denormalise(
     images: Float[Tensor, "n c h w"],  # as a published file holds them
     train: ImageSet,
     normalisation: str = "auto",  # one of NORMALISATIONS: how they were changed
-) -> tuple[Float[Tensor, "n c h w"], str]:  # in [0, 1]; and how they had been changed
-    "Undo the normalisation or the whitening of published images. `ValueError` where it cannot be told."
-    mean, std = published_statistics(train)
-    if one_of("normalisation", normalisation, NORMALISATIONS) == "auto":
-        standard = float(images.std()) > 0.7 and in_range(images * std + mean)
-        normalisation = "none" if in_range(images) else "standard" if standard else "unknown"
-    if normalisation == "unknown":
-        refuse("normalisation", "auto", "these images are neither in [0, 1] nor normalised: perhaps they are whitened, ask for zca")
-    if normalisation == "zca":
-        images = Whitening.of(train.to("cpu")).undo(images)
-    if normalisation == "standard":
-        images = images * std + mean
-    return images.clamp(0, 1), normalisation
+) -> tuple[Float[Tensor, "n c h w"], str]:  # in [0, 1]; and how they had been changed: none, zca, or whose constants
+    "Undo the normalisation or the whitening of published images. `ValueError` where it cannot be told, or is not so."
+    asked = one_of("normalisation", normalisation, NORMALISATIONS)
+    how = recognised(images, train) if asked == "auto" else asked
+    if how == "standard" and (how := nearest_statistics(train)) == "cifar100":
+        old = "MTT, and DC and DSA until March 2022, normalised CIFAR-100 with the constants of CIFAR-10: say cifar10"
+        refuse("normalisation", asked, f"{old}; cifar100 for files of DM and later ones of DC and DSA; zca if whitened")
+    undone = images
+    if how == "zca":
+        undone = Whitening.of(train.to("cpu")).undo(images)
+    elif how != "none":
+        mean, std = published_statistics(how, train)
+        undone = images * std + mean
+    if not in_range(undone, 0.5) or (how != "none" and in_range(images)):
+        refuse("normalisation", asked, "it does not bring these images into [0, 1], or they are there already")
+    return undone.clamp(0, 1), how
 
-# %% ../nbs/04_condensation.ipynb #cell-81
+# %% ../nbs/04_condensation.ipynb #cell-82
 _scalar = np.float64(0).__reduce__()[0]  # makes the accuracies beside the images; it was renamed in NumPy 2
 NUMPY_SCALARS = [(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
 NUMPY_SCALARS += [np.dtype, type(np.dtype("f8")), type(np.dtype("f4"))]
 
-# %% ../nbs/04_condensation.ipynb #cell-82
+# %% ../nbs/04_condensation.ipynb #cell-83
 def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     "Images and labels (hard or soft) of a `.pt` file of the DC, DSA, DM or MTT code; a `ValueError` for any other."
     def load(file: Path):
@@ -662,6 +699,8 @@ def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     labels = path.with_name(re.sub("^images(_zca)?_", "labels_", path.name))
     try:
         content = load(path)
+        if not isinstance(content, dict) and labels == path:
+            raise ValueError("the file holds one tensor, and is not called images_*")
         images, y = content["data"][0] if isinstance(content, dict) else (content, load(labels))
         return images.float(), y
     except Exception as error:
@@ -669,13 +708,14 @@ def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     needed = "a file of the DC, DSA, DM or MTT code; images_*.pt needs labels_*.pt beside it"
     refuse("condenser", path.name, f"it must be {needed} ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-83
+# %% ../nbs/04_condensation.ipynb #cell-84
 def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     "A published file as a set like `train`: what does not fit it is refused."
     images, labels = read_published(path)
     shape = "x".join(map(str, images.shape))
-    if images.ndim != 4 or images.shape[1] != train.channels or images.shape[2] != images.shape[3]:
-        refuse("condenser", path.name, f"its images, {shape}, must be square with the {train.channels} channels of dataset")
+    if images.shape[1:] != (train.channels, train.size, train.size):
+        wanted = f"the {train.channels} channels and {train.size} px of dataset"
+        refuse("condenser", path.name, f"its images, {shape}, must have {wanted}")
     soft, k = labels.is_floating_point(), train.num_classes
     if labels.shape[-1] != k if soft else not 0 <= labels.min() <= labels.max() < k:
         refuse("condenser", path.name, f"its labels must be those of dataset's {k} classes")
@@ -684,7 +724,7 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     notes = {"method": "published", "file": path.name, "normalisation": how}
     return replace(train, images=images, labels=labels, provenance=notes)
 
-# %% ../nbs/04_condensation.ipynb #cell-84
+# %% ../nbs/04_condensation.ipynb #cell-85
 def load_condensed(
     path: Path | str,  # .safetensors: saved here; .pt: published
     train: ImageSet,  # what it was condensed from: gives classes and normalisation of a .pt file
@@ -702,7 +742,7 @@ def load_condensed(
         problem = str(error)
     refuse("condenser", str(path), f"it must be a set of images that this library saved ({problem})")
 
-# %% ../nbs/04_condensation.ipynb #cell-92
+# %% ../nbs/04_condensation.ipynb #cell-93
 def soften(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:
     "The same images with the teacher's answers, softened by `temperature`, in the place of their labels."
     labels = (predict(teacher, images, fabric)[1] / temperature).softmax(1).to(images.images.device)

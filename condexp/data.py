@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Parts', 'Entry', 'TORCHVISION', 'ImageSet', 'pack', 'unpack', 'show_images', 'minival', 'random_per_class',
-           'rank_within', 'decode', 'Unusable', 'read_images', 'folder_files', 'folder_entries', 'archive_entries',
+           'rank_within', 'Unusable', 'decode', 'read_images', 'folder_files', 'folder_entries', 'archive_entries',
            'Splits', 'arrange', 'class_names', 'channel_statistics', 'make_splits', 'vision_entries', 'content_hash',
            'known_dataset', 'load_splits', 'load_images']
 
@@ -210,6 +210,10 @@ class _Mixed(Exception):
     "Images said to be of one size are not."
 
 # %% ../nbs/00_data.ipynb #cell-25
+class Unusable(Exception):
+    "What is wrong with a set, as the second half of a sentence."
+
+
 def decode(
     opened: Image.Image,
     size: int,  # pixels
@@ -222,6 +226,8 @@ def decode(
     image = ImageOps.exif_transpose(opened)
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Unusable("holds 32-bit values, of which nobody knows the range: 8 or 16 bits a channel are needed")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -235,9 +241,6 @@ Parts = tuple[str, ...]  # a path inside the set, e.g. ("train", "cat", "1.png")
 Entry = tuple[Parts, Callable[[], Image.Image]]
 
 
-class Unusable(Exception):
-    "What is wrong with a set, as the second half of a sentence."
-
 # %% ../nbs/00_data.ipynb #cell-29
 @contextmanager
 def _naming(parts: Parts) -> Iterator[None]:
@@ -246,6 +249,8 @@ def _naming(parts: Parts) -> Iterator[None]:
         yield
     except _Mixed:
         raise
+    except Unusable as error:
+        raise Unusable(f"its image {'/'.join(parts)!r} {error}") from error
     except Exception as error:
         raise Unusable(f"its image {'/'.join(parts)!r} cannot be decoded ({type(error).__name__})") from error
 
@@ -320,8 +325,12 @@ def folder_files(root: Path) -> list[Path]:
     "The images below a folder, sorted."
     found = []
     for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [path for name in files if _is_image((path := Path(folder, name)).relative_to(root).parts)]
+        inside = Path(folder)
+        above = inside.resolve()
+        folders[:] = [n for n in folders if not n.startswith(".") and not above.is_relative_to((inside / n).resolve())]
+        found += [path for name in files if _is_image((path := inside / name).relative_to(root).parts)]
+    if lost := [path for path in found if not path.exists()]:
+        raise Unusable(f"its {lost[0].relative_to(root)} is a link that leads nowhere")
     return sorted(found)
 
 # %% ../nbs/00_data.ipynb #cell-47
@@ -586,7 +595,7 @@ def load_images(
         return load_splits(dataset, size).train
     if not path.exists():
         refuse(parameter, dataset, "there is no such folder or archive, and no set of that name")
-    config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "part": "all but a test part"}
+    config = {"dataset": path.resolve().name, "content": "", "size": size, "part": "all but a test part"}
 
     def make(checkpoint) -> ImageSet:
         paths, images = _read_path(path, size)
@@ -601,6 +610,7 @@ def load_images(
         return ImageSet(images[order], labels, ("image",), *channel_statistics(images), config)
 
     try:
+        config["content"] = content_hash(path)
         return cached("images", config, make, lambda p, images: images.save(p), ImageSet.load)
     except Unusable as error:
         problem = str(error)
