@@ -595,7 +595,6 @@ def load_images(
         return load_splits(dataset, size).train
     if not path.exists():
         refuse(parameter, dataset, "there is no such folder or archive, and no set of that name")
-    config = {"dataset": path.resolve().name, "content": "", "size": size, "part": "all but a test part"}
 
     def make(checkpoint) -> ImageSet:
         paths, images = _read_path(path, size)
@@ -610,7 +609,7 @@ def load_images(
         return ImageSet(images[order], labels, ("image",), *channel_statistics(images), config)
 
     try:
-        config["content"] = content_hash(path)
+        config = {"dataset": path.resolve().name, "content": content_hash(path), "size": size, "part": "all but a test part"}
         return cached("images", config, make, lambda p, images: images.save(p), ImageSet.load)
     except Unusable as error:
         problem = str(error)

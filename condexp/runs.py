@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'EVALUATE', 'NO_DATA', 'Run', 'text', 'new_file', 'RunTraining', 'known_model', 'RunTeacher', 'positive',
            'RunCondense', 'RunDistil', 'listed', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set',
            'RunSurrogate', 'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data', 'scored',
-           'shortly', 'open_teacher', 'held_out', 'check_ipc', 'condensed_set', 'per_class', 'arm_sources',
+           'shortly', 'open_teacher', 'held_out', 'given_set', 'condensed_set', 'settled', 'arm_sources',
            'transfer_source', 'part_of', 'related_words', 'open_transfer', 'transfer_set', 'set_name', 'overlap_lines',
            'set_distillation', 'distillation', 'teacher_schedule', 'evaluation_schedule', 'write_made']
 
@@ -435,33 +435,34 @@ def held_out(run: RunDistil | RunCondense | RunSurrogate, splits: Splits) -> Spl
     return Splits(rest, held, f"{splits.note} {note}".strip())
 
 # %% ../nbs/12_runs.ipynb #cell-50
-def check_ipc(run, train: ImageSet) -> None:
-    "Refuse more images per class than the smallest class holds, where an arm or the condenser chooses among real ones."
-    if run.condenser in CONDENSERS:  # of a file the number of images is known when it is read
-        check_condenser(run.condenser, train, run.ipc, getattr(run, "iterations", 0))
-        if "random" in getattr(run, "arm_names", ()):
-            check_condenser("random", train, run.ipc, 0)
+def given_set(run, train: ImageSet) -> ImageSet:
+    "The condensed set in the file that `condenser` names; refused if it is not of `train`'s kind."
+    given, name = load_condensed(run.condenser, train, run.normalisation), Path(run.condenser).name
+    for what in ("channels", "size", "num_classes"):
+        has, wanted = getattr(given, what), getattr(train, what)
+        if has != wanted:
+            refuse("condenser", name, f"its {what}, {has}, must be that of dataset, {wanted}")
+    if other := [pair for pair in zip(given.classes, train.classes, strict=True) if pair[0] != pair[1]]:
+        refuse("condenser", name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}")
+    return given
 
-# %% ../nbs/12_runs.ipynb #cell-52
+
 def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> ImageSet:
     "The condensed set a run asks for: made (or from the cache) by name, or read from a file."
     if run.condenser in CONDENSERS:
         return condense(run.condenser, train, run.ipc, run.seed, iterations, fabric)
-    given = load_condensed(run.condenser, train, run.normalisation)
-    for what in ("channels", "size", "num_classes"):
-        has, wanted = getattr(given, what), getattr(train, what)
-        if has != wanted:
-            refuse("condenser", Path(run.condenser).name, f"its {what}, {has}, must be that of dataset, {wanted}")
-    if other := [pair for pair in zip(given.classes, train.classes, strict=True) if pair[0] != pair[1]]:
-        refuse("condenser", Path(run.condenser).name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}")
-    return on_device(given, fabric)
+    return on_device(given_set(run, train), fabric)
 
-
-def per_class(run, train: ImageSet, fabric: Fabric) -> int:
-    "How many condensed images of each class a run has: `ipc`, or what the file holds."
+# %% ../nbs/12_runs.ipynb #cell-52
+def settled(run, train: ImageSet):  # a run with a condenser; and so is what comes back
+    "The run with the images per class that it will have: of a file, what it holds. Refuses what cannot be had, before any work."
     if run.condenser in CONDENSERS:
-        return run.ipc
-    return max(1, len(condensed_set(run, train, fabric)) // train.num_classes)
+        check_condenser(run.condenser, train, run.ipc, getattr(run, "iterations", 0))
+    else:
+        run = replace(run, ipc=max(1, len(given_set(run, train)) // train.num_classes))
+    if "random" in getattr(run, "arm_names", ()):
+        check_condenser("random", train, run.ipc, 0)
+    return run
 
 # %% ../nbs/12_runs.ipynb #cell-54
 def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[str]) -> dict[str, ImageSet]:
@@ -469,7 +470,7 @@ def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[
     needed = {ARMS[a].source for a in arms} - {""}
     make = dict(
         condensed=lambda: condensed_set(run, train, fabric),
-        random=lambda: random_per_class(train, per_class(run, train, fabric), run.seed),
+        random=lambda: random_per_class(train, run.ipc, run.seed),
         full=lambda: train,
     )
     return {name: make[name]() for name in make if name in needed}

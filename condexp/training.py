@@ -222,8 +222,8 @@ def fit(
             if test is not None:
                 entry["test_accuracy"] = accuracy(model, test, fabric)
             history.append(entry | {"epoch": epoch + 1, "seconds": time.perf_counter() - began})
-            told = "test_accuracy" if test is not None else "accuracy"
-            bar.set_postfix_str(f"{'' if test is not None else 'training '}accuracy {entry[told]:.1f} %")
+            told = {"training accuracy": entry["accuracy"]} if test is None else {"accuracy": entry["test_accuracy"]}
+            bar.set_postfix_str(", ".join(f"{name} {value:.1f} %" for name, value in told.items()))
             checkpoint.save(_state(parts, history))
     return history
 

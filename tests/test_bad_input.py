@@ -12,7 +12,7 @@ from dataclasses import replace
 from condexp.cache import cache_dir
 from condexp.models import make_classifier, save_classifier
 from condexp.runs import RunAlignment, RunBoundary, RunCondense, RunKD, RunQuality, RunSurrogate, RunTeacher
-from condexp.runs import check_ipc, open_run, open_teacher, parameters, transfer_source
+from condexp.runs import open_run, open_teacher, parameters, settled, transfer_source
 
 KINDS = {
     "run_kd": RunKD,
@@ -39,7 +39,7 @@ def begin(notebook, **given):
     run = parameters(defaults(notebook) | WITHOUT_GL.get(notebook, {}) | given, KINDS[notebook])
     fabric, splits = open_run(run)
     if hasattr(run, "ipc"):
-        check_ipc(run, splits.train)
+        settled(run, splits.train)
     if hasattr(run, "surrogate"):
         transfer_source(run, splits.train)
     if getattr(run, "teacher", "").endswith(".safetensors"):
