@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Parts', 'Entry', 'TORCHVISION', 'ImageSet', 'pack', 'unpack', 'show_images', 'minival', 'random_per_class',
-           'rank_within', 'Unusable', 'decode', 'read_images', 'folder_files', 'folder_entries', 'archive_entries',
-           'Splits', 'arrange', 'class_names', 'channel_statistics', 'make_splits', 'vision_entries', 'content_hash',
-           'known_dataset', 'load_splits', 'load_images']
+           'rank_within', 'Unusable', 'to_rgb', 'decode', 'read_images', 'folder_files', 'folder_entries',
+           'archive_entries', 'Splits', 'arrange', 'class_names', 'channel_statistics', 'make_splits', 'vision_entries',
+           'content_hash', 'known_dataset', 'load_splits', 'load_images']
 
 # %% ../nbs/00_data.ipynb #cell-02
 import bz2
@@ -214,6 +214,19 @@ class Unusable(Exception):
     "What is wrong with a set, as the second half of a sentence."
 
 
+def to_rgb(opened: Image.Image) -> Image.Image:
+    "An image upright, in RGB, 8 bits a channel, on white where it is transparent."
+    image = ImageOps.exif_transpose(opened)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Unusable("holds 32-bit values, of which nobody knows the range: 8 or 16 bits a channel are needed")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def decode(
     opened: Image.Image,
     size: int,  # pixels
@@ -223,15 +236,7 @@ def decode(
     if exact and opened.size != (size, size):
         raise _Mixed
     opened.draft(None, (size, size))
-    image = ImageOps.exif_transpose(opened)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise Unusable("holds 32-bit values, of which nobody knows the range: 8 or 16 bits a channel are needed")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = to_rgb(opened)
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     return np.asarray(image).transpose(2, 0, 1)

@@ -24,7 +24,7 @@ from .cache import refuse, whole
 from .data import ImageSet
 from .discriminator import frechet_distance, mmd
 from .models import Classifier
-from .surrogates import check_pixels
+from .surrogates import check_images
 from .training import drawn, glance, predict
 
 # %% ../nbs/09_quality.ipynb #cell-05
@@ -57,8 +57,8 @@ def vendi_score(
 
 def spread(vectors: Float[Tensor, "n d"]) -> tuple[float, float]:  # in units of the vectors
     "The mean distance of pairs, and the mean distance of a vector to the nearest other one."
-    distances = torch.cdist(vectors.double(), vectors.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    n = len(vectors)
+    x, n = vectors.double() - vectors.double().mean(0), len(vectors)  # differences of small numbers lose less
+    distances = torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist").fill_diagonal_(0)
     nearest = distances.clone().fill_diagonal_(torch.inf).min(1).values
     return float(distances.sum() / (n * (n - 1))), float(nearest.mean())
 
@@ -87,7 +87,7 @@ def quality_report(
     "Every measure of this room. `ValueError` for images that are not numbers or show nothing."
     if len(images) < 2:
         refuse("images", len(images), "how various they are takes at least two")
-    features, logits = predict(teacher, check_pixels(images, "images"), fabric)
+    features, logits = predict(teacher, check_images(images, teacher, "images"), fabric)
     some = drawn(len(images), most)
     sample = images.subset(some.to(images.images.device))
     features, x = features[some], sample.batch()

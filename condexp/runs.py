@@ -7,8 +7,8 @@ __all__ = ['PATHS', 'EVALUATE', 'NO_DATA', 'Run', 'text', 'new_file', 'RunTraini
            'RunCondense', 'RunDistil', 'listed', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set',
            'RunSurrogate', 'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data', 'scored',
            'shortly', 'open_teacher', 'held_out', 'given_set', 'condensed_set', 'settled', 'arm_sources',
-           'transfer_source', 'part_of', 'related_words', 'open_transfer', 'transfer_set', 'set_name', 'overlap_lines',
-           'set_distillation', 'distillation', 'teacher_schedule', 'evaluation_schedule', 'write_made']
+           'transfer_source', 'real_images', 'part_of', 'related_words', 'open_transfer', 'transfer_set', 'set_name',
+           'overlap_lines', 'set_distillation', 'distillation', 'teacher_schedule', 'evaluation_schedule', 'write_made']
 
 # %% ../nbs/12_runs.ipynb #cell-02
 import json
@@ -53,6 +53,9 @@ class Run:
     record: str
 
     def __post_init__(self):
+        for name in PATHS:
+            if str(getattr(self, name, "")).startswith("~"):
+                object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         for name in ("size", "seed"):
             whole(name, getattr(self, name), 0)
         one_of("device", self.device, DEVICES)
@@ -422,8 +425,8 @@ def open_teacher(run: Run, splits: Splits, fabric: Fabric) -> tuple[Classifier, 
         has, wanted = shortly(getattr(teacher.spec, what)), shortly(getattr(splits.train, what))
         if getattr(teacher.spec, what) != getattr(splits.train, what):
             refuse("teacher", Path(run.teacher).name, f"its {what} {has} must be those of dataset, {wanted}")
-    known = meta if "accuracy" in meta or not len(splits.test) else {"accuracy": accuracy(teacher, splits.test, fabric)}
-    return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0, "accuracy": None} | meta | known
+    measured = {"accuracy": accuracy(teacher, splits.test, fabric)} if len(splits.test) else {}  # the file's may be of others
+    return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0, "accuracy": None} | meta | measured
 
 # %% ../nbs/12_runs.ipynb #cell-47
 def held_out(run: RunDistil | RunCondense | RunSurrogate, splits: Splits) -> Splits:
@@ -481,12 +484,7 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     if run.surrogate in SURROGATES:
         described(own_settings(run.surrogate, vars(run)))
         return run.surrogate
-    if run.surrogate == "original":
-        return train
-    if run.part != "all":
-        return part_of(run, train)
-    saved = run.surrogate.endswith(".safetensors")
-    images = ImageSet.load(run.surrogate) if saved else load_images(run.surrogate, train.size, "surrogate")
+    images = real_images(run, train)
     if images.size != train.size:
         refuse("surrogate", Path(run.surrogate).name, f"its size, {images.size}, must be that of dataset, {train.size}")
     if run.images > len(check_pixels(images, "surrogate")):
@@ -494,9 +492,22 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     return images
 
 
+def real_images(run: RunQuality, train: ImageSet) -> ImageSet:
+    "The teacher's own images, those of a saved set, of a folder, archive or known name, or a part of these."
+    if run.surrogate == "original":
+        return train
+    if run.part != "all":
+        return part_of(run, train)
+    if run.surrogate.endswith(".safetensors"):
+        return ImageSet.load(run.surrogate)
+    return load_images(run.surrogate, train.size, "surrogate")
+
+
 def part_of(run: RunQuality, train: ImageSet) -> ImageSet:
     "Of a set with classes, those that overlap with the teacher's, or the others."
-    images = load_splits(run.surrogate, train.size).train
+    images = load_images(run.surrogate, train.size, "surrogate")
+    if images.num_classes < 2:
+        refuse("part", run.part, f"{Path(run.surrogate).name} has no folders of classes")
     words = class_words(run.surrogate, images.classes)
     found = overlap(words, related_words(run, train))
     chosen = by_overlap(images, list(found))[run.part == "out"]

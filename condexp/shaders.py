@@ -503,7 +503,7 @@ def gl_context():
     raise RuntimeError(f"OpenGL is not available ({problem}): {remedy}")
 
 # %% ../nbs/08_shaders.ipynb #cell-58
-@functools.lru_cache(maxsize=2000)
+@functools.lru_cache(maxsize=2000)  # some 3 MB each by Mesa's llvmpipe
 def gl_program(source: str):
     "A compiled fragment shader, ready to be drawn."
     context = gl_context()
@@ -641,6 +641,8 @@ def _twigl(path: Path) -> str:
 
 def _shadertoy(path: Path) -> str | None:
     shader = json.loads(path.read_text(errors="replace"))
+    if isinstance(shader, list) and "renderpass" in str(shader):
+        raise ValueError("a list of shaders: each must be in a file of its own")
     if not isinstance(shader, dict) or "renderpass" not in (shader := shader.get("Shader", shader)):
         return None
     passes = {kind: p["code"] for p in shader["renderpass"] for kind in [p.get("type", "image")]}

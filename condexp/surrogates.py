@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Stream', 'PER_VISIT', 'IDLE', 'PHOTOS', 'CROP', 'RELATED', 'PARTS', 'SAMPLINGS', 'SURROGATES', 'Wanted', 'painters',
-           'shader_frames', 'leaves', 'gaussian', 'photograph', 'pyramid', 'crops', 'check_pixels', 'real',
-           'class_words', 'overlap', 'by_overlap', 'to_channels', 'quotas', 'Taken', 'nonempty', 'filtered', 'like',
-           'own_settings', 'described', 'surrogate', 'warn_of_gaps', 'synthetic']
+           'shader_frames', 'leaves', 'gaussian', 'photograph', 'pyramid', 'crops', 'check_pixels', 'check_images',
+           'real', 'class_words', 'overlap', 'by_overlap', 'to_channels', 'quotas', 'Taken', 'nonempty', 'filtered',
+           'like', 'own_settings', 'described', 'written', 'surrogate', 'warn_of_gaps', 'synthetic']
 
 # %% ../nbs/08_surrogates.ipynb #cell-02
 import functools
+import inspect
 import itertools
 import math
 import re
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 
 from .augment import Augment
 from .cache import Checkpoint, cached, config_hash, defaults_of, one_of, progress, refuse, whole
-from .data import ImageSet, content_hash, rank_within
+from .data import ImageSet, content_hash, rank_within, to_rgb
 from .models import Classifier, fingerprint
 from .shaders import BACKENDS, box, failures, paint_source, places, polygon, radius, read_programs, rotated, star
 from .shaders import worth_keeping, write_program
@@ -71,11 +72,13 @@ def shader_frames(wanted: Wanted, programs: int = 64, backend: str = "opengl", s
     "Frames of `programs` programs, or of all in a folder, round and round. Without OpenGL, a `RuntimeError` says what to install."
     rng, fresh = np.random.default_rng(wanted.seed), painters(wanted, backend, shader_folder)
     most = math.inf if shader_folder else whole("programs", programs, 1)
-    chosen, complete = [], False
+    chosen, dull, complete = [], [], False
     while not complete or chosen:
         paint = next(fresh, None) if not complete else chosen.pop(0)
         if paint is None:  # the folder has no more
             complete = True
+            if dull:
+                warnings.warn(f"programs that show nothing, or nothing that changes, are left out: {', '.join(dull)}", stacklevel=2)
             continue
         times = torch.from_numpy(rng.uniform(0.1, 10, PER_VISIT).astype("f4"))
         frames = paint(times, wanted.size)
@@ -84,6 +87,8 @@ def shader_frames(wanted: Wanted, programs: int = 64, backend: str = "opengl", s
             chosen.append(paint)
             complete = complete or len(chosen) == most
             yield shown
+        elif shader_folder:
+            dull.append(paint.args[0].name)
 
 # %% ../nbs/08_surrogates.ipynb #cell-12
 def leaves(wanted: Wanted, shapes: int = 100, batch: int = 250) -> Stream:
@@ -126,9 +131,10 @@ def photograph(which: str) -> UInt8[Tensor, "3 h w"]:
 
         return torch.from_numpy(load_sample_image(f"{which}.jpg").copy()).permute(2, 0, 1)
     try:
-        return torch.from_numpy(np.array(Image.open(which).convert("RGB"))).permute(2, 0, 1)
-    except OSError:
-        refuse("photo", which, "it must be china, flower, or the path of a picture")
+        return torch.from_numpy(np.array(to_rgb(Image.open(which)))).permute(2, 0, 1)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    refuse("photo", which, f"it must be china, flower, or the path of a picture ({problem})")
 
 
 def pyramid(photo: UInt8[Tensor, "3 h w"], size: int) -> list[Float[Tensor, "3 h w"]]:
@@ -169,13 +175,24 @@ def crops(wanted: Wanted, photo: str = "china", batch: int = 250) -> Stream:
 def check_pixels(images: ImageSet, name: str) -> ImageSet:
     "`images` if they are numbers and show something, else a refusal."
     x = images.images
+    if not len(x):
+        refuse(name, "empty", "there must be images")
     if x.is_floating_point() and not torch.isfinite(x).all():
         refuse(name, "not finite", "every pixel must be a number")
     if x.is_floating_point() and (x.min() < 0 or x.max() > 1):
         refuse(name, f"from {x.min():.2g} to {x.max():.2g}", "pixels that are not bytes must lie in [0, 1]")
-    if bool((x.flatten(1) == x.flatten(1)[:, :1]).all()):
+    if bool((x == x[:, :, :1, :1]).all()):
         refuse(name, "without contrast", "there must be something to see in at least one of them")
     return images
+
+
+def check_images(images: ImageSet, teacher: Classifier, name: str) -> ImageSet:
+    "`images` if they are of the size and channels that the teacher takes, and show something, else a refusal."
+    for what in ("size", "channels"):
+        has, takes = getattr(images, what), getattr(teacher.spec, what)
+        if has != takes:
+            refuse(name, f"of {what} {has}", f"the teacher takes images of {what} {takes}")
+    return check_pixels(images, name)
 
 
 def real(images: ImageSet, seed: int, batch: int = 250) -> Stream:
@@ -342,7 +359,10 @@ SURROGATES: dict[str, Callable[..., Stream]] = {
 
 def own_settings(name: str, settings: dict) -> dict:
     "What the surrogate called `name` takes: of `settings` what it has, and its defaults."
-    takes = defaults_of(SURROGATES[one_of("surrogate", name, SURROGATES)])
+    make = SURROGATES[one_of("surrogate", name, SURROGATES)]
+    takes = defaults_of(make)
+    if strange := list(inspect.signature(make).parameters)[1 + len(takes) :]:
+        refuse("surrogate", name, f"each of its settings must have a number or a text for a default: {', '.join(strange)}")
     return {key: settings.get(key, usual) for key, usual in takes.items()}
 
 
@@ -350,11 +370,23 @@ def described(settings: dict) -> dict:
     "Settings as what they stand for: a folder is the programs in it, a picture its content. Refuses what cannot be read."
     found = {key: value for key, value in settings.items() if (key, value) != ("shader_folder", "")}
     if "shader_folder" in found:
+        found.pop("programs", None)  # those of the folder are all of them
         found["shader_folder"] = config_hash({s.name: s.code for s in read_programs(Path(found["shader_folder"]))})
     if found.get("photo", PHOTOS[0]) not in PHOTOS:
         photograph(found["photo"])
         found["photo"] = content_hash(Path(found["photo"]))
     return found
+
+
+def written(name: str) -> dict:
+    "Of a surrogate that somebody has added, a hash of its source: written anew, it is another."
+    make = SURROGATES[name]
+    if make in (shader_frames, leaves, gaussian, crops):
+        return {}
+    try:
+        return {"source": config_hash({"": inspect.getsource(make)})}
+    except (OSError, TypeError):
+        refuse("surrogate", name, "it must be a function whose source can be read, as in a notebook or a file")
 
 # %% ../nbs/08_surrogates.ipynb #cell-47
 def surrogate(
@@ -369,12 +401,15 @@ def surrogate(
 ) -> ImageSet:  # on the CPU, labelled with the teacher's predictions
     "A transfer set for `teacher`, from the cache if it was made before; warns of classes that are not full."
     spec, given = teacher.spec, isinstance(source, ImageSet)
+    whole("seed", seed, 0)
+    if budget <= 0:
+        refuse("budget", budget, "it must be positive")
     settings = {} if given else own_settings(source, settings)
     if given and whole("images", count, 1) > len(check_pixels(source, "surrogate")):
         refuse("images", count, f"the set has {len(source)}")
     if given and source.size != spec.size:
         refuse("surrogate", f"{source.size} px", f"the teacher takes {spec.size} px")
-    config = dict(taken_from=source.fingerprint) if given else dict(surrogate=source)
+    config = dict(taken_from=source.fingerprint) if given else dict(surrogate=source) | written(source)
     config |= dict(teacher=fingerprint(teacher), seed=seed, precision=precision_of(fabric))
     config |= dict(count=whole("images", count, 1), sampling=sampling, budget=budget, **described(settings))
 
@@ -394,9 +429,11 @@ def warn_of_gaps(made: ImageSet, count: int, sampling: str, seed: int) -> None:
     "Warn of the classes that got less than what was wanted of each."
     if len(made) == count:
         return
+    seen = f"after {made.provenance['seen']:,} images, {len(made):,} of {count:,} are kept"
+    if sampling == "asis":  # nothing is wanted of any class
+        return warnings.warn(seen, stacklevel=3)
     wanted = quotas(count, made.num_classes, sampling, seed).tolist()
     short = [f"{c} ({have} of {want})" for c, have, want in zip(made.classes, made.counts, wanted, strict=True) if have < want]
-    seen = f"after {made.provenance['seen']:,} images, {len(made):,} of {count:,} are kept"
     warnings.warn(f"{seen}; these classes of the teacher are not full: {', '.join(short)}", stacklevel=3)
 
 # %% ../nbs/08_surrogates.ipynb #cell-49
@@ -405,4 +442,4 @@ def synthetic(source: str | ImageSet) -> bool:
     if isinstance(source, str):
         return source in SURROGATES
     made = source.provenance
-    return made.get("surrogate") in SURROGATES or made.get("method", "random") not in ("random", "herding")
+    return "surrogate" in made or made.get("method", "random") not in ("random", "herding")
