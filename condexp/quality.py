@@ -132,7 +132,8 @@ MEASURES = {  # how the name of a measure begins: what it is
 def quality_table(rows: dict[str, dict]) -> pd.DataFrame:  # name -> its row
     "Rows of the report as columns of a table, and what each measure is."
     table = pd.DataFrame(rows).drop("counts")
-    shown = table.map(lambda v: "–" if v != v else f"{v:,.0f}" if abs(v) >= 100 or (v > 1 and float(v).is_integer()) else f"{v:.3g}")
+    whole_ones = lambda v: abs(v) >= 100 or (v > 1 and float(v).is_integer())
+    shown = table.map(lambda v: "–" if v != v else f"{v:,.0f}" if whole_ones(v) else f"{v:.3g}")
     what = [next((text for begin, text in MEASURES.items() if name.startswith(begin)), "") for name in table.index]
     return shown.assign(measure=what)
 
