@@ -361,7 +361,7 @@ def own_settings(name: str, settings: dict) -> dict:
     "What the surrogate called `name` takes: of `settings` what it has, and its defaults."
     make = SURROGATES[one_of("surrogate", name, SURROGATES)]
     takes = defaults_of(make)
-    if strange := list(inspect.signature(make).parameters)[1 + len(takes) :]:
+    if strange := [setting for setting in list(inspect.signature(make).parameters)[1:] if setting not in takes]:
         refuse("surrogate", name, f"each of its settings must have a number or a text for a default: {', '.join(strange)}")
     return {key: settings.get(key, usual) for key, usual in takes.items()}
 
