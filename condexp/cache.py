@@ -33,7 +33,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("CONDEXP_CACHE") or default).expanduser()
 
 # %% ../nbs/00_cache.ipynb #cell-07
-FORMAT = 1  # raise it when a change of code changes what a configuration produces
+FORMAT = 2  # raise it when a change of code changes what a configuration produces
 
 
 def config_hash(
