@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'cache_dir', 'config_hash', 'defaults_of', 'write_atomic', 'save_tensors', 'load_tensors', 'Checkpoint',
-           'cached', 'NotebookBar', 'progress', 'refuse', 'one_of', 'whole']
+           'cached', 'NotebookBar', 'progress', 'invalid', 'check_choice', 'check_int']
 
 # %% ../nbs/00_cache.ipynb #cell-02
 import hashlib
@@ -107,17 +107,13 @@ class Checkpoint:
             return None
         return torch.load(self.path, map_location="cpu", weights_only=True)
 
-    def save(self, state: dict) -> None:
-        "Replace the saved state."
-        if self.path is not None:
-            write_atomic(self.path, lambda tmp: torch.save(state, tmp))
-
-    def offer(self, state: dict, share: float = 0.05) -> None:
-        "Replace the saved state, unless saving has already taken more than `share` of the time."
+    def save(self, state: dict, every: float = 0.0) -> None:
+        "Replace the saved state; with `every`, unless saving has already taken more than this share of the time."
         began = time.perf_counter()
-        if self.spent <= share * (began - self.made):
-            self.save(state)
-            self.spent += time.perf_counter() - began
+        if self.path is None or (every and self.spent > every * (began - self.made)):
+            return
+        write_atomic(self.path, lambda tmp: torch.save(state, tmp))
+        self.spent += time.perf_counter() - began
 
     def remove(self) -> None:
         "Forget it: the computation is done."
@@ -158,21 +154,21 @@ def progress(items: Iterable | None, description: str, **kwargs) -> tqdm:
     return (NotebookBar if in_notebook else tqdm)(items, desc=description, mininterval=0.5, ncols=90, **kwargs)
 
 # %% ../nbs/00_cache.ipynb #cell-30
-def refuse(name: str, value: Any, allowed: str) -> None:
+def invalid(name: str, value: Any, allowed: str) -> None:
     "Raise the `ValueError` that every refusal of a parameter is."
     raise ValueError(f"{name} is {value!r}, but {allowed}")
 
 
-def one_of(name: str, value: Any, choices: Iterable[str]) -> Any:
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> Any:
     "`value` if it is one of `choices`, else a refusal that lists them."
     if value not in (choices := list(choices)):
-        refuse(name, value, f"it must be one of {', '.join(choices)}")
+        invalid(name, value, f"it must be one of {', '.join(choices)}")
     return value
 
 
-def whole(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
+def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     "`value` if it is a whole number within bounds, else a refusal."
     bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     if type(value) is not int or value < minimum or (maximum is not None and value > maximum):
-        refuse(name, value, f"it must be a whole number {bounds}")
+        invalid(name, value, f"it must be a whole number {bounds}")
     return value

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONDENSERS', 'EVERY', 'EVALUATION', 'EVALUATION_NETWORK', 'PUBLISHED_STATISTICS', 'NORMALISATIONS', 'NUMPY_SCALARS',
-           'Task', 'Condenser', 'Random', 'random_network', 'embed', 'herd', 'Herding', 'class_means', 'dm_loss',
-           'Members', 'each', 'embedded_means', 'Pixels', 'first_images', 'optimise', 'resume', 'DM',
-           'gradient_distance', 'gradients', 'descend', 'DSA', 'Matching', 'Whitening', 'WhitePixels', 'MTT',
-           'white_network', 'train_expert', 'expert_trajectories', 'Chase', 'train_from_scratch', 'check_condenser',
-           'default_iterations', 'condense', 'provenance', 'nearest_statistics', 'published_statistics', 'in_range',
-           'recognised', 'denormalise', 'read_published', 'published_set', 'load_condensed', 'soften']
+           'CondensationTask', 'Condenser', 'Random', 'random_network', 'embed', 'herd', 'Herding', 'class_means',
+           'dm_loss', 'ClassSampler', 'repeat_per_image', 'embedded_means', 'LearnedImages', 'first_images', 'optimise',
+           'resume', 'DM', 'gradient_distance', 'gradients', 'sgd_step', 'DSA', 'Matching', 'Whitening',
+           'WhitenedImages', 'MTT', 'white_network', 'train_expert', 'expert_trajectories', 'TrajectoryMatching',
+           'train_from_scratch', 'check_condenser', 'default_iterations', 'condense', 'provenance',
+           'nearest_statistics', 'published_statistics', 'in_range', 'recognised', 'denormalise', 'read_published',
+           'published_set', 'load_condensed', 'soft_labels']
 
 # %% ../nbs/04_condensation.ipynb #cell-02
 import re
@@ -30,15 +31,15 @@ from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
 
 from .augment import Augment, siamese
-from .cache import Checkpoint, cached, load_tensors, one_of, progress, refuse, save_tensors, whole
+from .cache import Checkpoint, cached, load_tensors, check_choice, progress, invalid, save_tensors, check_int
 from .data import ImageSet, Splits, random_per_class
 from .models import Classifier, fingerprint, freeze, kaiming, make_classifier
-from .training import Schedule, finite, make_fabric, on_device, precision_of, predict, rng_state, seeded, set_rng_state
+from .training import Schedule, check_finite, make_fabric, on_device, precision_of, predict, rng_state, seeded, set_rng_state
 from .training import train_classifier
 
 # %% ../nbs/04_condensation.ipynb #cell-05
 @dataclass(frozen=True)
-class Task:
+class CondensationTask:
     "What a condenser is asked to do; torch's global random state is seeded when it begins."
 
     train: ImageSet  # on the device
@@ -59,7 +60,7 @@ class Condenser:
     largest: ClassVar[int] = 512  # pixels, a side
     iterations: ClassVar[tuple[int, int]] = (150, 300)  # by default: for up to 5,000 images, for more
 
-    def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
+    def make(self, task: CondensationTask) -> tuple[ImageSet, list[dict]]:
         "`task.ipc` images of each class, class by class, with hard labels; and the history of the loss."
         raise NotImplementedError
 
@@ -73,7 +74,7 @@ class Random(Condenser):
 
     chooses = True
 
-    def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
+    def make(self, task: CondensationTask) -> tuple[ImageSet, list[dict]]:
         return random_per_class(task.train, task.ipc, task.seed), []
 
 
@@ -115,7 +116,7 @@ class Herding(Condenser):
     network: str = "convnet3_w64"
     networks: int = 4  # embeddings put side by side
 
-    def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
+    def make(self, task: CondensationTask) -> tuple[ImageSet, list[dict]]:
         train, fabric = task.train, task.fabric
         nets = [random_network(self.network, train, fabric) for _ in range(self.networks)]
         chosen = []
@@ -142,7 +143,7 @@ def dm_loss(real: Float[Tensor, "k d"], synthetic: Float[Tensor, "k d"]) -> Floa
     return (real - synthetic).square().sum()
 
 # %% ../nbs/04_condensation.ipynb #cell-22
-class Members:
+class ClassSampler:
     "The images of each of `k` classes, by their indices, to draw from."
 
     def __init__(self, labels: Int[Tensor, "n"], k: int):
@@ -158,7 +159,7 @@ class Members:
         return self.table.gather(1, (where * self.counts[:, None]).long())
 
 # %% ../nbs/04_condensation.ipynb #cell-25
-def each(draw: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+def repeat_per_image(draw: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     "A draw for every class, made one for every image, `count` images a class."
     return {name: value.repeat_interleave(count, 0) for name, value in draw.items()}
 
@@ -172,13 +173,13 @@ def embedded_means(
 ) -> Float[Tensor, "k d"]:
     "The class means of augmented images in the embedding of `network`."
     classes = len(next(iter(draw.values())))
-    return class_means(embed(network, augment.apply(x, each(draw, len(x) // classes)), fabric), classes)
+    return class_means(embed(network, augment.apply(x, repeat_per_image(draw, len(x) // classes)), fabric), classes)
 
 # %% ../nbs/04_condensation.ipynb #cell-30
-class Pixels:
+class LearnedImages:
     "Synthetic images under optimisation: class by class, normalised inside, in [0, 1] outside."
 
-    def __init__(self, task: Task, lr: float, momentum: float):
+    def __init__(self, task: CondensationTask, lr: float, momentum: float):
         train = task.train
         start = first_images(task)
         self.labels = start.hard_labels
@@ -219,12 +220,12 @@ class Pixels:
         self.optimizer.load_state_dict(state["optimizer"])
 
 # %% ../nbs/04_condensation.ipynb #cell-31
-def first_images(task: Task) -> ImageSet:
+def first_images(task: CondensationTask) -> ImageSet:
     "Random real images to begin from; a class with fewer than `task.ipc` gives its images again, with a little noise."
     train, ipc = task.train, task.ipc
     if ipc <= min(train.counts):
         return random_per_class(train, ipc, task.seed)
-    rows = Members(train.hard_labels, train.num_classes).rows
+    rows = ClassSampler(train.hard_labels, train.num_classes).rows
     order = [row[torch.randperm(len(row), device=row.device)].repeat(-(-ipc // len(row)))[:ipc] for row in rows]
     again = torch.cat([torch.arange(ipc, device=row.device) >= len(row) for row in rows])
     start = train.subset(torch.cat(order))
@@ -237,8 +238,8 @@ EVERY = 10  # iterations between two readings of the loss, and two checkpoints
 
 
 def optimise(
-    task: Task,
-    pixels: Pixels,
+    task: CondensationTask,
+    pixels: LearnedImages,
     backward: Callable[[int], Tensor],  # accumulates the gradient of this iteration; the loss, detached, on the device
     name: str,  # on the progress bar
 ) -> list[dict]:  # iteration and mean loss since the last one
@@ -249,7 +250,7 @@ def optimise(
         losses.append(backward(i))
         pixels.step()
         if i % EVERY == 0 or i == task.iterations:
-            loss = finite(torch.stack(losses).mean().item(), name, "a lower learning rate of the pixels")
+            loss = check_finite(torch.stack(losses).mean().item(), name, "a lower learning rate of the pixels")
             history.append({"iteration": i, "loss": loss})
             losses.clear()
             spent = time.perf_counter() - task.clock[0]
@@ -257,7 +258,7 @@ def optimise(
     return history
 
 # %% ../nbs/04_condensation.ipynb #cell-35
-def resume(task: Task, pixels: Pixels) -> list[dict]:
+def resume(task: CondensationTask, pixels: LearnedImages) -> list[dict]:
     "Put everything back as the last checkpoint has it; its history."
     if (state := task.checkpoint.load()) is None:
         return []
@@ -277,15 +278,15 @@ class DM(Condenser):
     momentum: float = 0.5
     real: int = 32  # real images of each class a step; at least two for each synthetic one, up to 256
 
-    def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
-        train, pixels = task.train, Pixels(task, self.lr * task.ipc, self.momentum)
-        members = Members(train.hard_labels, train.num_classes)
+    def make(self, task: CondensationTask) -> tuple[ImageSet, list[dict]]:
+        train, pixels = task.train, LearnedImages(task, self.lr * task.ipc, self.momentum)
+        members = ClassSampler(train.hard_labels, train.num_classes)
         network = random_network(self.network, train, task.fabric)
         history = optimise(task, pixels, partial(self.backward, task, pixels, members, siamese(train), network), "DM")
         return pixels.as_set(train), history
 
     def backward(
-        self, task: Task, pixels: Pixels, members: Members, augment: Augment, network: nn.Module, _: int
+        self, task: CondensationTask, pixels: LearnedImages, members: ClassSampler, augment: Augment, network: nn.Module, _: int
     ) -> Float[Tensor, ""]:
         "Match class means in `network`, its weights drawn anew, under one draw of augmentation for each class."
         kaiming(network)
@@ -323,7 +324,7 @@ def gradients(
     return torch.autograd.grad(F.cross_entropy(network(x), y), tuple(network.parameters()), create_graph=keep)
 
 # %% ../nbs/04_condensation.ipynb #cell-46
-def descend(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"], lr: float) -> None:
+def sgd_step(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"], lr: float) -> None:
     "One step of plain gradient descent."
     grads = gradients(network, x, y)
     with torch.no_grad():
@@ -344,8 +345,8 @@ class DSA(Condenser):
     training: int = 10  # its steps on the synthetic set after each
     lr_network: float = 0.01
 
-    def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
-        pixels = Pixels(task, self.lr, self.momentum)
+    def make(self, task: CondensationTask) -> tuple[ImageSet, list[dict]]:
+        pixels = LearnedImages(task, self.lr, self.momentum)
         history = optimise(task, pixels, Matching(task, pixels, self).backward, "DSA")
         return pixels.as_set(task.train), history
 
@@ -356,9 +357,9 @@ CONDENSERS["dsa"] = DSA()
 class Matching:
     "DSA at work: the network of the moment, and what it is shown."
 
-    def __init__(self, task: Task, pixels: Pixels, settings: DSA):
+    def __init__(self, task: CondensationTask, pixels: LearnedImages, settings: DSA):
         self.task, self.pixels, self.settings = task, pixels, settings
-        self.members = Members(task.train.hard_labels, task.train.num_classes)
+        self.members = ClassSampler(task.train.hard_labels, task.train.num_classes)
         self.augment = siamese(task.train)
         self.life = 1 if task.ipc == 1 else settings.life
 
@@ -387,7 +388,7 @@ class Matching:
         images, labels = self.pixels.images().detach(), self.pixels.labels
         for _ in range(self.settings.training):
             rows = torch.randperm(len(images), device=images.device)[:256]
-            descend(self.network, self.augment(images[rows]), labels[rows], self.settings.lr_network)
+            sgd_step(self.network, self.augment(images[rows]), labels[rows], self.settings.lr_network)
 
 # %% ../nbs/04_condensation.ipynb #cell-53
 class Whitening(nn.Module):
@@ -414,10 +415,10 @@ class Whitening(nn.Module):
         return (z.flatten(1) @ self.inverse + self.centre).view_as(z)
 
 # %% ../nbs/04_condensation.ipynb #cell-56
-class WhitePixels(Pixels):
+class WhitenedImages(LearnedImages):
     "Synthetic images under optimisation in whitened coordinates, with the step size of the student that learns from them."
 
-    def __init__(self, task: Task, whitening: Whitening, settings: "MTT"):
+    def __init__(self, task: CondensationTask, whitening: Whitening, settings: "MTT"):
         super().__init__(task, settings.lr, settings.momentum)
         self.whitening = whitening
         self.z = whitening(super().images().detach()).requires_grad_()
@@ -465,9 +466,9 @@ class MTT(Condenser):
     ahead: int = 2  # stretches that the student is to make good (M)
     steps: int = 10  # in which it does (N)
 
-    def make(self, task: Task) -> tuple[ImageSet, list[dict]]:
-        pixels = WhitePixels(task, Whitening.of(task.train, self.epsilon), self)
-        history = optimise(task, pixels, Chase(task, pixels, self).backward, "MTT")
+    def make(self, task: CondensationTask) -> tuple[ImageSet, list[dict]]:
+        pixels = WhitenedImages(task, Whitening.of(task.train, self.epsilon), self)
+        history = optimise(task, pixels, TrajectoryMatching(task, pixels, self).backward, "MTT")
         return pixels.as_set(task.train), history
 
 
@@ -488,13 +489,13 @@ def train_expert(
     for _ in range(settings.stretches):
         for _ in range(settings.stretch):
             index = torch.randint(len(train), (settings.batch_size,), device=train.images.device)
-            descend(network, augment(train.batch(index)), train.hard_labels[index], settings.lr_expert)
+            sgd_step(network, augment(train.batch(index)), train.hard_labels[index], settings.lr_expert)
             bar.update()
         written.append(parameters_to_vector(network.parameters()).detach().clone())
     return torch.stack(written)
 
 # %% ../nbs/04_condensation.ipynb #cell-63
-def expert_trajectories(task: Task, settings: MTT, whitening: Whitening) -> Float[Tensor, "e t p"]:
+def expert_trajectories(task: CondensationTask, settings: MTT, whitening: Whitening) -> Float[Tensor, "e t p"]:
     "What the experts wrote down, from the cache if it is there; begun ones are continued."
     read = ("network", "epsilon", "experts", "stretches", "stretch", "lr_expert", "batch_size")
     config = {name: getattr(settings, name) for name in read} | {"source": task.train.fingerprint}
@@ -514,10 +515,10 @@ def expert_trajectories(task: Task, settings: MTT, whitening: Whitening) -> Floa
     return cached("experts", config, compute, save, lambda path: load_tensors(path)[0]["experts"])
 
 # %% ../nbs/04_condensation.ipynb #cell-64
-class Chase:
+class TrajectoryMatching:
     "MTT at work: students that follow the experts on synthetic images."
 
-    def __init__(self, task: Task, pixels: WhitePixels, settings: MTT):
+    def __init__(self, task: CondensationTask, pixels: WhitenedImages, settings: MTT):
         self.pixels, self.settings, self.augment = pixels, settings, siamese(task.train)
         self.network = white_network(settings, task.train, pixels.whitening, task.fabric)
         self.experts = expert_trajectories(task, settings, pixels.whitening).to(task.fabric.device)
@@ -570,15 +571,15 @@ def train_from_scratch(
 # %% ../nbs/04_condensation.ipynb #cell-71
 def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Condenser:
     "The condenser called `name`; refuses unknown ones, too large images, impossible `ipc` and negative `iterations`."
-    condenser = CONDENSERS[one_of("condenser", name, CONDENSERS)]
+    condenser = CONDENSERS[check_choice("condenser", name, CONDENSERS)]
     if train.size > condenser.largest:
-        refuse("size", train.size, f"{name} takes images of up to {condenser.largest} px")
-    whole("ipc", ipc, 1)
-    whole("iterations", iterations, 0)
+        invalid("size", train.size, f"{name} takes images of up to {condenser.largest} px")
+    check_int("ipc", ipc, 1)
+    check_int("iterations", iterations, 0)
     least = min(range(train.num_classes), key=train.counts.__getitem__)
     if condenser.chooses and ipc > train.counts[least]:
         allowed = f"{name} chooses among real images: from 1 to the {train.counts[least]} of the smallest class"
-        refuse("ipc", ipc, f"{allowed}, {train.classes[least]!r}")
+        invalid("ipc", ipc, f"{allowed}, {train.classes[least]!r}")
     return condenser
 
 
@@ -604,7 +605,7 @@ def condense(
 
     def compute(checkpoint: Checkpoint) -> ImageSet:
         with seeded(seed):
-            task = Task(on_device(train, fabric), ipc, seed, steps, fabric, checkpoint)
+            task = CondensationTask(on_device(train, fabric), ipc, seed, steps, fabric, checkpoint)
             made, history = condenser.make(task)
         seconds = round(time.perf_counter() - task.clock[0], 2)  # without MTT's experts where they were there
         notes = provenance(name, settings, seed, train) | {"history": history, "seconds": seconds}
@@ -643,7 +644,7 @@ def published_statistics(name: str, train: ImageSet) -> tuple[Float[Tensor, "c 1
     "Mean and standard deviation of a published set, or of `train` itself; refused if it has other channels."
     values = PUBLISHED_STATISTICS.get(name, (train.mean, train.std))
     if len(values[0]) != train.channels:
-        refuse("normalisation", name, f"dataset has {train.channels} channels")
+        invalid("normalisation", name, f"dataset has {train.channels} channels")
     return tuple(torch.tensor(v).view(-1, 1, 1) for v in values)
 
 # %% ../nbs/04_condensation.ipynb #cell-78
@@ -660,7 +661,7 @@ def recognised(images: Float[Tensor, "n c h w"], train: ImageSet) -> str:
     if name == "cifar100" or (float(images.std()) > 0.7 and in_range(images * std + mean)):
         return "standard"
     found = "these images are neither in [0, 1] nor clearly normalised"
-    refuse("normalisation", "auto", f"{found}: say zca if they were whitened, standard if normalised and never clamped")
+    invalid("normalisation", "auto", f"{found}: say zca if they were whitened, standard if normalised and never clamped")
 
 # %% ../nbs/04_condensation.ipynb #cell-80
 def denormalise(
@@ -669,11 +670,11 @@ def denormalise(
     normalisation: str = "auto",  # one of NORMALISATIONS: how they were changed
 ) -> tuple[Float[Tensor, "n c h w"], str]:  # in [0, 1]; and how they had been changed: none, zca, or whose constants
     "Undo the normalisation or the whitening of published images. `ValueError` where it cannot be told, or is not so."
-    asked = one_of("normalisation", normalisation, NORMALISATIONS)
+    asked = check_choice("normalisation", normalisation, NORMALISATIONS)
     how = recognised(images, train) if asked == "auto" else asked
     if how == "standard" and (how := nearest_statistics(train)) == "cifar100":
         old = "MTT, and DC and DSA until March 2022, normalised CIFAR-100 with the constants of CIFAR-10: say cifar10"
-        refuse("normalisation", asked, f"{old}; cifar100 for files of DM and later ones of DC and DSA; zca if whitened")
+        invalid("normalisation", asked, f"{old}; cifar100 for files of DM and later ones of DC and DSA; zca if whitened")
     undone = images
     if how == "zca":
         undone = Whitening.of(train.to("cpu")).undo(images)
@@ -681,7 +682,7 @@ def denormalise(
         mean, std = published_statistics(how, train)
         undone = images * std + mean
     if not in_range(undone, 0.5) or (how != "none" and in_range(images)):
-        refuse("normalisation", asked, "it does not bring these images into [0, 1], or they are there already")
+        invalid("normalisation", asked, "it does not bring these images into [0, 1], or they are there already")
     return undone.clamp(0, 1), how
 
 # %% ../nbs/04_condensation.ipynb #cell-82
@@ -706,7 +707,7 @@ def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
     except Exception as error:
         problem = " ".join(str(error).split())[:150]
     needed = "a file of the DC, DSA, DM or MTT code; images_*.pt needs labels_*.pt beside it"
-    refuse("condenser", path.name, f"it must be {needed} ({problem})")
+    invalid("condenser", path.name, f"it must be {needed} ({problem})")
 
 # %% ../nbs/04_condensation.ipynb #cell-84
 def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
@@ -715,10 +716,10 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     shape = "x".join(map(str, images.shape))
     if images.shape[1:] != (train.channels, train.size, train.size):
         wanted = f"the {train.channels} channels and {train.size} px of dataset"
-        refuse("condenser", path.name, f"its images, {shape}, must have {wanted}")
+        invalid("condenser", path.name, f"its images, {shape}, must have {wanted}")
     soft, k = labels.is_floating_point(), train.num_classes
     if labels.shape[-1] != k if soft else not 0 <= labels.min() <= labels.max() < k:
-        refuse("condenser", path.name, f"its labels must be those of dataset's {k} classes")
+        invalid("condenser", path.name, f"its labels must be those of dataset's {k} classes")
     images, how = denormalise(images, train, normalisation)
     labels = labels.float() if labels.is_floating_point() else labels.long()
     notes = {"method": "published", "file": path.name, "normalisation": how}
@@ -733,17 +734,17 @@ def load_condensed(
     "A condensed set from a file, with images in [0, 1]; any other file is refused."
     path = Path(path)
     if not path.is_file():
-        refuse("condenser", str(path), "no such file exists")
+        invalid("condenser", str(path), "no such file exists")
     if path.suffix == ".pt":
         return published_set(path, train, normalisation)
     try:
         return ImageSet.load(path)
     except ValueError as error:
         problem = str(error)
-    refuse("condenser", str(path), f"it must be a set of images that this library saved ({problem})")
+    invalid("condenser", str(path), f"it must be a set of images that this library saved ({problem})")
 
 # %% ../nbs/04_condensation.ipynb #cell-93
-def soften(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:
+def soft_labels(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:
     "The same images with the teacher's answers, softened by `temperature`, in the place of their labels."
     labels = (predict(teacher, images, fabric)[1] / temperature).softmax(1).to(images.images.device)
     told = {"labels": {"soft": temperature, "teacher": fingerprint(teacher), "architecture": teacher.spec.name}}

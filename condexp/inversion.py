@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FAST', 'CMI', 'DEEPINVERSION', 'DAFL', 'ZSKT', 'DFQ', 'PRE_DFKD', 'NAYER', 'FAST_FOMAML', 'INVERSIONS',
-           'ChannelMoments', 'Statistics', 'Watch', 'View', 'Term', 'one_hot', 'bn_distance', 'bn_statistics',
-           'adversarial', 'disagreement', 'js_adversarial', 'activation', 'balance', 'rms', 'total_variation', 'l2',
-           'Remembering', 'SmoothedStatistics', 'contrast', 'Contrastive', 'Canvas', 'Source', 'Pixels',
-           'FreshGenerator', 'MetaGenerator', 'KeptGenerator', 'NoisyLayer', 'Memory', 'ReplayGenerator', 'Recipe',
-           'plain_settings', 'reweigh', 'named_inversion', 'quiet', 'Inverter']
+           'ChannelMoments', 'BatchNormStatistics', 'BatchNormHooks', 'SynthesisBatch', 'Term', 'class_loss',
+           'bn_distance', 'bn_statistics', 'adversarial', 'negative_kl', 'js_adversarial', 'feature_activation',
+           'class_balance', 'rms', 'total_variation', 'l2', 'StatefulLoss', 'SmoothedStatistics', 'contrast',
+           'Contrastive', 'ImageSpec', 'Synthesizer', 'PixelSynthesizer', 'PerBatchGenerator', 'MetaGenerator',
+           'PersistentGenerator', 'NoisyLayerGenerator', 'Memory', 'ReplayGenerator', 'Recipe', 'plain_settings',
+           'with_weights', 'named_inversion', 'frozen', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
@@ -28,9 +29,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from .augment import Augment, flippable
-from .cache import defaults_of, one_of, refuse, whole
+from .cache import defaults_of, check_choice, invalid, check_int
 from .data import rank_within
-from .models import Classifier, Generator, watch
+from .models import Classifier, Generator, capture_activations
 
 # %% ../nbs/05_inversion.ipynb #cell-07
 class ChannelMoments(torch.autograd.Function):
@@ -57,7 +58,7 @@ class ChannelMoments(torch.autograd.Function):
 
 # %% ../nbs/05_inversion.ipynb #cell-10
 @dataclass(frozen=True)
-class Statistics:
+class BatchNormStatistics:
     "What entered the BN layers, beside what the teacher remembers of its training data. C channels in all, L layers."
 
     means: Float[Tensor, "v C"]  # channel means of each image (of each view)
@@ -68,7 +69,7 @@ class Statistics:
     member: Float[Tensor, "L C"]  # 1 where the channel belongs to the layer
 
 # %% ../nbs/05_inversion.ipynb #cell-12
-class Watch:
+class BatchNormHooks:
     "Gathers the moments of what enters every BatchNorm2d of a classifier while its context is open."
 
     def __init__(self, model: nn.Module):
@@ -81,7 +82,7 @@ class Watch:
             ones = [torch.ones(1, m.num_features, device=m.running_mean.device) for m in self.layers]
             self.member = torch.block_diag(*ones)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "BatchNormHooks":
         self.hooks = [m.register_forward_pre_hook(self._see) for m in self.layers]
         return self
 
@@ -102,16 +103,16 @@ class Watch:
         "A pass begins: forget what was seen; the first `rows` images are the global view (0: all)."
         self.rows, self.seen = rows, {}
 
-    def read(self) -> Statistics:
+    def read(self) -> BatchNormStatistics:
         "The statistics of the last pass; gradients flow back to the images."
         moments = (self.seen[layer] for layer in self.layers)  # some networks run them in another order
         means, var = (torch.cat(parts, dim=-1).float() for parts in zip(*moments, strict=True))
         mean = means[: self.rows or None].mean(0)
-        return Statistics(means, mean, var, self.running_mean, self.running_var, self.member)
+        return BatchNormStatistics(means, mean, var, self.running_mean, self.running_var, self.member)
 
 # %% ../nbs/05_inversion.ipynb #cell-15
 @dataclass
-class View:
+class SynthesisBatch:
     "One batch of synthetic images as teacher and student see it."
 
     images: Float[Tensor, "n c h w"]  # as the source made them
@@ -120,7 +121,7 @@ class View:
     features: Float[Tensor, "n d"]  # the teacher's, penultimate
     logits: Float[Tensor, "n k"]  # the teacher's
     student: Callable[[Tensor], Tensor]
-    statistics: Statistics | None  # of the BN layers, if a term watches them
+    statistics: BatchNormStatistics | None  # of the BN layers, if a term watches them
     guided: Float[Tensor, "n e"] | None = None  # the teacher's, of the layer that an alignment reads
 
     @cached_property
@@ -145,28 +146,28 @@ class Term:
 
     name: str  # under which its value is recorded
     weight: float
-    loss: Callable[[View], Tensor]  # a function, or a `Remembering` module
+    loss: Callable[[SynthesisBatch], Tensor]  # a function, or a `Remembering` module
     warm: bool = False  # joins only when `synthesise` is told that warming up is over
     watches: bool = False  # reads the BN layers: does not apply to a teacher without any
 
 # %% ../nbs/05_inversion.ipynb #cell-19
-def one_hot(view: View) -> Float[Tensor, ""]:
+def class_loss(view: SynthesisBatch) -> Float[Tensor, ""]:
     "Cross-entropy of the teacher's answer to the class asked for, in nats."
     return F.cross_entropy(view.logits, view.targets)
 
 # %% ../nbs/05_inversion.ipynb #cell-22
-def bn_distance(s: Statistics) -> Float[Tensor, ""]:
+def bn_distance(s: BatchNormStatistics) -> Float[Tensor, ""]:
     "Sum over layers of the distances between means and between variances."
     off = torch.stack([s.mean - s.running_mean, s.var - s.running_var], dim=1)
     return (s.member @ off.square()).clamp_min(1e-12).sqrt().sum()
 
 
-def bn_statistics(view: View) -> Float[Tensor, ""]:
+def bn_statistics(view: SynthesisBatch) -> Float[Tensor, ""]:
     "`bn_distance` of a view: DeepInversion's prior."
     return bn_distance(view.statistics)
 
 # %% ../nbs/05_inversion.ipynb #cell-25
-def adversarial(view: View) -> Float[Tensor, ""]:
+def adversarial(view: SynthesisBatch) -> Float[Tensor, ""]:
     "Minus KL(T || S) in nats, where the student names the teacher's class (CMI, Fast)."
     student, teacher = view.student_logits, view.logits
     agree = (student.argmax(1) == teacher.argmax(1)).float()
@@ -174,25 +175,25 @@ def adversarial(view: View) -> Float[Tensor, ""]:
     return -(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1) * agree).mean()
 
 
-def disagreement(view: View) -> Float[Tensor, ""]:
+def negative_kl(view: SynthesisBatch) -> Float[Tensor, ""]:
     "Minus KL(T || S) in nats, wherever it is (ZSKT, DFQ)."
     log_s, log_t = F.log_softmax(view.student_logits, 1), F.log_softmax(view.logits, 1)
     return -F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
-def js_adversarial(view: View, temperature: float = 3.0) -> Float[Tensor, ""]:
+def js_adversarial(view: SynthesisBatch, temperature: float = 3.0) -> Float[Tensor, ""]:
     "1 minus the Jensen-Shannon divergence of student and teacher, in nats (DeepInversion, eq. 8 to 10)."
     log_s, log_t = (F.log_softmax(z / temperature, 1) for z in (view.student_logits, view.logits))
     log_m = torch.logaddexp(log_s, log_t) - math.log(2)
     return 1 - sum(F.kl_div(log_m, p, reduction="batchmean", log_target=True) for p in (log_s, log_t)) / 2
 
 # %% ../nbs/05_inversion.ipynb #cell-28
-def activation(view: View) -> Float[Tensor, ""]:
+def feature_activation(view: SynthesisBatch) -> Float[Tensor, ""]:
     "Minus the mean absolute penultimate feature."
     return -view.features.abs().mean()
 
 
-def balance(view: View) -> Float[Tensor, ""]:
+def class_balance(view: SynthesisBatch) -> Float[Tensor, ""]:
     "Minus the entropy of the batch's mean prediction, in nats; at least minus the logarithm of the number of classes."
     mean = view.logits.softmax(1).mean(0).clamp_min(1e-12)
     return (mean * mean.log()).sum()
@@ -203,7 +204,7 @@ def rms(x: Tensor) -> Float[Tensor, ""]:
     return x.square().mean().clamp_min(1e-12).sqrt()
 
 
-def total_variation(view: View) -> Float[Tensor, ""]:
+def total_variation(view: SynthesisBatch) -> Float[Tensor, ""]:
     "Root mean square difference of neighbours: right, below, and on both diagonals."
     x = view.images
     pairs = [(x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :])]
@@ -211,12 +212,12 @@ def total_variation(view: View) -> Float[Tensor, ""]:
     return sum(rms(a - b) for a, b in pairs)
 
 
-def l2(view: View) -> Float[Tensor, ""]:
+def l2(view: SynthesisBatch) -> Float[Tensor, ""]:
     "Root mean square of the images."
     return rms(view.images)
 
 # %% ../nbs/05_inversion.ipynb #cell-34
-class Remembering(nn.Module):
+class StatefulLoss(nn.Module):
     "A term's loss that has a state: `forward(view)` is the loss."
 
     def start(self, channels: int, device: torch.device) -> None:
@@ -229,7 +230,7 @@ class Remembering(nn.Module):
         "Called after each batch."
 
 # %% ../nbs/05_inversion.ipynb #cell-36
-class SmoothedStatistics(Remembering):
+class SmoothedStatistics(StatefulLoss):
     "`bn_distance` of moments smoothed over batches."
 
     def __init__(self, momentum: float = 0.9):  # share of the past
@@ -240,7 +241,7 @@ class SmoothedStatistics(Remembering):
         self.register_buffer("past", torch.zeros(2, channels, device=device))  # means, variances
         self.register_buffer("share", torch.zeros((), device=device))  # 0 until a batch has been seen
 
-    def forward(self, view: View) -> Float[Tensor, ""]:
+    def forward(self, view: SynthesisBatch) -> Float[Tensor, ""]:
         s = view.statistics
         mean, var = torch.stack([s.mean, s.var]).lerp(self.past, self.share)
         self.last = torch.stack([mean.detach(), var.detach()])
@@ -261,7 +262,7 @@ def contrast(
     return F.cross_entropy(logits, torch.arange(len(local), device=local.device), reduction="none")
 
 # %% ../nbs/05_inversion.ipynb #cell-41
-class Contrastive(Remembering):
+class Contrastive(StatefulLoss):
     "CMI's contrastive loss with its projection head and its memory bank."
 
     def __init__(
@@ -281,7 +282,7 @@ class Contrastive(Remembering):
         self.optimizer = torch.optim.Adam(self.head.parameters(), lr=self.lr)
         self.bank = torch.empty(0, 2, channels, device=device)
 
-    def forward(self, view: View) -> Float[Tensor, ""]:
+    def forward(self, view: SynthesisBatch) -> Float[Tensor, ""]:
         pair = torch.stack([view.local_means, view.global_means], dim=1)
         self.last = pair.detach()
         old = self.bank[torch.randperm(len(self.bank), device=self.bank.device)[: self.negatives]]
@@ -305,7 +306,7 @@ class Contrastive(Remembering):
 
 # %% ../nbs/05_inversion.ipynb #cell-44
 @dataclass(frozen=True)
-class Canvas:
+class ImageSpec:
     "What a source is to make."
 
     size: int  # pixels
@@ -322,7 +323,7 @@ class Canvas:
         return torch.tensor(values, device=self.device).view(1, -1, 1, 1)
 
 # %% ../nbs/05_inversion.ipynb #cell-46
-class Source:
+class Synthesizer:
     "What makes images. Subclasses set `optimizer` in `begin`."
 
     optimizer: torch.optim.Optimizer
@@ -357,12 +358,12 @@ class Source:
         "Take up a state that `state_dict` gave."
 
 # %% ../nbs/05_inversion.ipynb #cell-48
-class Pixels(Source):
+class PixelSynthesizer(Synthesizer):
     "The images themselves, from noise (DeepInversion)."
 
     def __init__(
         self,
-        canvas: Canvas,
+        canvas: ImageSpec,
         lr: float = 0.1,  # Adam's, in standard deviations of the training data
         betas: tuple[float, float] = (0.5, 0.99),
     ):
@@ -387,12 +388,12 @@ class Pixels(Source):
         self._project()
 
 # %% ../nbs/05_inversion.ipynb #cell-51
-class FreshGenerator(Source):
+class PerBatchGenerator(Synthesizer):
     "A generator and its inputs, new for every batch (CMI)."
 
     def __init__(
         self,
-        canvas: Canvas,
+        canvas: ImageSpec,
         lr: float = 1e-3,  # Adam's, of the generator
         lr_z: float = 1e-3,  # of its inputs
         betas: tuple[float, float] = (0.5, 0.999),
@@ -416,20 +417,20 @@ class FreshGenerator(Source):
         return self.generator(self.z)
 
 # %% ../nbs/05_inversion.ipynb #cell-54
-class MetaGenerator(FreshGenerator):
+class MetaGenerator(PerBatchGenerator):
     "A generator that learns, from batch to batch, to be a good start (Fast)."
 
     learns = True
 
     def __init__(
         self,
-        canvas: Canvas,
+        canvas: ImageSpec,
         rule: str = "fomaml",  # or "reptile": how the kept generator learns
         reset_after: int = 140,  # batches after which its first layer is started afresh, once (Fast: 20 + 120)
         **settings,  # of `FreshGenerator`
     ):
         super().__init__(canvas, **settings)
-        self.rule, self.reset_after, self.batches = one_of("rule", rule, ("fomaml", "reptile")), reset_after, 0
+        self.rule, self.reset_after, self.batches = check_choice("rule", rule, ("fomaml", "reptile")), reset_after, 0
         self.meta = super().make()
         self.meta_optimizer = torch.optim.Adam(self.meta.parameters(), self.lr * canvas.steps, self.betas)
 
@@ -469,14 +470,14 @@ class MetaGenerator(FreshGenerator):
         self.meta_optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 # %% ../nbs/05_inversion.ipynb #cell-58
-class KeptGenerator(FreshGenerator):
+class PersistentGenerator(PerBatchGenerator):
     "One generator that goes on learning, with new inputs at every step (DAFL, ZSKT, DFQ)."
 
     learns, asks = True, False
 
     def __init__(
         self,
-        canvas: Canvas,
+        canvas: ImageSpec,
         draws: int = 4,  # batches out of which the classes asked for are picked
         **settings,  # of `FreshGenerator`
     ):
@@ -506,12 +507,12 @@ class KeptGenerator(FreshGenerator):
         self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
 
 # %% ../nbs/05_inversion.ipynb #cell-62
-class NoisyLayer(FreshGenerator):
+class NoisyLayerGenerator(PerBatchGenerator):
     "A kept generator that is fed class embeddings through layers that are new for every batch (NAYER)."
 
     learns = True
 
-    def __init__(self, canvas: Canvas, **settings):  # of `FreshGenerator`
+    def __init__(self, canvas: ImageSpec, **settings):  # of `FreshGenerator`
         super().__init__(canvas, **settings)
         self.generator = self.make()
         self.embeddings = F.layer_norm(canvas.embeddings.T, (canvas.num_classes,)).T  # each number: mean 0, variance 1
@@ -536,7 +537,7 @@ class NoisyLayer(FreshGenerator):
 class Memory(nn.Module):
     "A variational auto-encoder of images: what PRE-DFKD remembers of earlier batches."
 
-    def __init__(self, canvas: Canvas, nz: int = 64):
+    def __init__(self, canvas: ImageSpec, nz: int = 64):
         super().__init__()
         width, quarter = min(64, 2 * canvas.size), -(-canvas.size // 4)
         down = [nn.Conv2d(canvas.channels, width, 3, 2, 1), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)]
@@ -564,12 +565,12 @@ class Memory(nn.Module):
         return self.decoder(z).detach()
 
 # %% ../nbs/05_inversion.ipynb #cell-68
-class ReplayGenerator(KeptGenerator):
+class ReplayGenerator(PersistentGenerator):
     "A kept generator, and a memory from which a part of each batch is replayed (PRE-DFKD)."
 
     def __init__(
         self,
-        canvas: Canvas,
+        canvas: ImageSpec,
         share: float = 0.25,  # of a batch that is replayed
         memory_steps: int = 10,  # of the memory, a batch
         lr_memory: float = 1e-3,  # Adam's, of the memory
@@ -612,17 +613,17 @@ class Recipe:
     "An inversion method."
 
     name: str
-    source: Callable[[Canvas], Source]
+    source: Callable[[ImageSpec], Synthesizer]
     terms: tuple[Term, ...]
     steps: int  # a batch
     augment: Augment = Augment()  # the global view; flips only where `flippable`
     local: Augment | None = None  # a second view, for terms that compare two
 
     def __post_init__(self):
-        whole("steps", self.steps, 1)
+        check_int("steps", self.steps, 1)
         names = [t.name for t in self.terms]
         if len(set(names)) < len(names) or set(names) & {"alignment", "total", "agreement"}:
-            refuse("terms", names, "each needs a name of its own, and alignment, total and agreement are taken")
+            invalid("terms", names, "each needs a name of its own, and alignment, total and agreement are taken")
 
     @property
     def views(self) -> list[Augment]:
@@ -640,22 +641,22 @@ class Recipe:
 
 def plain_settings(loss: Callable) -> dict:
     "The numbers with which a term's loss was made, and its name: two functions that share a name are not told apart."
-    if not isinstance(loss, Remembering):
+    if not isinstance(loss, StatefulLoss):
         made_by = getattr(loss, "func", loss)
         if getattr(made_by, "__closure__", None):
-            refuse("terms", made_by.__name__, "it reads variables around it, and is not told from others: use functools.partial")
+            invalid("terms", made_by.__name__, "it reads variables around it, and is not told from others: use functools.partial")
         return {"loss": made_by.__name__, **defaults_of(made_by), **getattr(loss, "keywords", {})}
     numbers = {k: v for k, v in vars(loss).items() if type(v) in (int, float) and not k.startswith("_")}
     return {"loss": type(loss).__name__, **numbers}
 
 # %% ../nbs/05_inversion.ipynb #cell-72
-def reweigh(
+def with_weights(
     recipe: Recipe,
     **weights: float,  # a new weight for each term named
 ) -> Recipe:
     "The same recipe with other weights; a term of weight 0 is left out. `ValueError` for a term that it does not have."
     for name in weights:
-        one_of("terms", name, [t.name for t in recipe.terms])
+        check_choice("terms", name, [t.name for t in recipe.terms])
     terms = (replace(t, weight=weights.get(t.name, t.weight)) for t in recipe.terms)
     return replace(recipe, terms=tuple(t for t in terms if t.weight))
 
@@ -665,7 +666,7 @@ FAST = Recipe(
     source=partial(MetaGenerator, rule="reptile", lr=2e-3, lr_z=1e-1),
     terms=(
         Term("bn", 1.0, SmoothedStatistics(momentum=0.9), watches=True),
-        Term("one_hot", 1.0, one_hot),
+        Term("one_hot", 1.0, class_loss),
         Term("adversarial", 1.1, adversarial, warm=True),
     ),
     steps=10,
@@ -674,10 +675,10 @@ FAST = Recipe(
 # %% ../nbs/05_inversion.ipynb #cell-76
 CMI = Recipe(
     name="cmi",
-    source=partial(FreshGenerator, lr=1e-3, lr_z=1e-3),
+    source=partial(PerBatchGenerator, lr=1e-3, lr_z=1e-3),
     terms=(
         Term("bn", 1.0, bn_statistics, watches=True),
-        Term("one_hot", 3.0, one_hot),
+        Term("one_hot", 3.0, class_loss),
         Term("adversarial", 0.5, adversarial, warm=True),
         Term("contrastive", 0.8, Contrastive(temperature=0.1), watches=True),
     ),
@@ -688,10 +689,10 @@ CMI = Recipe(
 # %% ../nbs/05_inversion.ipynb #cell-78
 DEEPINVERSION = Recipe(
     name="deepinversion",
-    source=partial(Pixels, lr=0.1),
+    source=partial(PixelSynthesizer, lr=0.1),
     terms=(
         Term("bn", 1.0, bn_statistics, watches=True),
-        Term("one_hot", 3.0, one_hot),
+        Term("one_hot", 3.0, class_loss),
         Term("tv", 0.1, total_variation),
         Term("l2", 1e-4, l2),
         Term("adversarial", 1.0, js_adversarial, warm=True),
@@ -703,26 +704,26 @@ DEEPINVERSION = Recipe(
 # %% ../nbs/05_inversion.ipynb #cell-80
 DAFL = Recipe(
     name="dafl",
-    source=partial(KeptGenerator, lr=1e-3),
-    terms=(Term("one_hot", 1.0, one_hot), Term("activation", 1e-3, activation), Term("balance", 20.0, balance)),
+    source=partial(PersistentGenerator, lr=1e-3),
+    terms=(Term("one_hot", 1.0, class_loss), Term("activation", 1e-3, feature_activation), Term("balance", 20.0, class_balance)),
     steps=20,
 )
 
 ZSKT = Recipe(
     name="zskt",
-    source=partial(KeptGenerator, lr=1e-3),
-    terms=(Term("balance", 20.0, balance), Term("adversarial", 1.0, disagreement, warm=True)),
+    source=partial(PersistentGenerator, lr=1e-3),
+    terms=(Term("balance", 20.0, class_balance), Term("adversarial", 1.0, negative_kl, warm=True)),
     steps=20,
 )
 
 DFQ = Recipe(
     name="dfq",
-    source=partial(KeptGenerator, lr=1e-3),
+    source=partial(PersistentGenerator, lr=1e-3),
     terms=(
         Term("bn", 1.0, bn_statistics, watches=True),
-        Term("one_hot", 3.0, one_hot),
-        Term("balance", 20.0, balance),
-        Term("adversarial", 1.0, disagreement, warm=True),
+        Term("one_hot", 3.0, class_loss),
+        Term("balance", 20.0, class_balance),
+        Term("adversarial", 1.0, negative_kl, warm=True),
     ),
     steps=20,
 )
@@ -732,9 +733,9 @@ PRE_DFKD = Recipe(
     name="pre_dfkd",
     source=partial(ReplayGenerator, lr=1e-3),
     terms=(
-        Term("one_hot", 1.0, one_hot),
-        Term("activation", 0.1, activation),
-        Term("balance", 5.0, balance),
+        Term("one_hot", 1.0, class_loss),
+        Term("activation", 0.1, feature_activation),
+        Term("balance", 5.0, class_balance),
         Term("adversarial", 1.0, js_adversarial, warm=True),
     ),
     steps=20,
@@ -743,10 +744,10 @@ PRE_DFKD = Recipe(
 # %% ../nbs/05_inversion.ipynb #cell-84
 NAYER = Recipe(
     name="nayer",
-    source=partial(NoisyLayer, lr=4e-3, nz=1000),
+    source=partial(NoisyLayerGenerator, lr=4e-3, nz=1000),
     terms=(
         Term("bn", 1.0, SmoothedStatistics(momentum=0.9), watches=True),
-        Term("one_hot", 1.0, one_hot),
+        Term("one_hot", 1.0, class_loss),
         Term("adversarial", 1.33, adversarial, warm=True),
     ),
     steps=30,
@@ -765,12 +766,12 @@ def named_inversion(text: str) -> Recipe:  # a name of INVERSIONS, perhaps with 
     name, *changes = str(text).split(",")
     weights = dict(change.strip().partition(":")[::2] for change in changes)
     if name not in INVERSIONS or not all(re.fullmatch(r"\d*\.?\d+", weight) for weight in weights.values()):
-        refuse("inversion", text, f"it must be one of {', '.join(INVERSIONS)}, perhaps with weights of its terms, as in fast,bn:0")
-    return reweigh(INVERSIONS[name], **{term: float(weight) for term, weight in weights.items()})
+        invalid("inversion", text, f"it must be one of {', '.join(INVERSIONS)}, perhaps with weights of its terms, as in fast,bn:0")
+    return with_weights(INVERSIONS[name], **{term: float(weight) for term, weight in weights.items()})
 
 # %% ../nbs/05_inversion.ipynb #cell-92
 @contextmanager
-def quiet(*models: nn.Module) -> Iterator[None]:
+def frozen(*models: nn.Module) -> Iterator[None]:
     "Evaluation mode and no weight gradients inside; every module and parameter as before afterwards."
     modes = [(m, m.training) for model in models for m in model.modules()]
     wanted = [(p, p.requires_grad) for model in models for p in model.parameters()]
@@ -802,20 +803,20 @@ class Inverter:
     ):
         self.recipe = recipe = replace(recipe, steps=steps or recipe.steps)
         self.teacher, self.student, self.fabric, self.alignment = teacher, student, fabric, alignment
-        self.batch_size = whole("batch_size", batch_size, 2)
-        self.watch, spec, device = Watch(teacher), teacher.spec, fabric.device
+        self.batch_size = check_int("batch_size", batch_size, 2)
+        self.watch, spec, device = BatchNormHooks(teacher), teacher.spec, fabric.device
         dropped = [t for t in recipe.terms if t.watches and not self.watch.layers]
         self.notes = [f"{t.name} does not apply: {spec.name} has no BatchNorm layers" for t in dropped]
         self.terms = [replace(t, loss=copy.deepcopy(t.loss)) for t in recipe.terms if t not in dropped]
         self.watches = any(t.watches for t in self.terms)
-        self.memories = {t.name: t.loss for t in self.terms if isinstance(t.loss, Remembering)}
+        self.memories = {t.name: t.loss for t in self.terms if isinstance(t.loss, StatefulLoss)}
         for memory in self.memories.values():
             memory.start(sum(m.num_features for m in self.watch.layers), device)
         if not any(not t.warm for t in self.terms):
-            refuse("inversion", recipe.name, "one of its terms must apply from the first step, with a weight, to this teacher")
+            invalid("inversion", recipe.name, "one of its terms must apply from the first step, with a weight, to this teacher")
         self.views = [replace(a, flip=a.flip and flippable(spec)) for a in recipe.views]
         shape, rows = (spec.size, spec.channels, len(spec.classes), spec.mean, spec.std), teacher.last_layer.weight
-        self.source = recipe.source(Canvas(*shape, recipe.steps, device, rows.detach().flatten(1)))
+        self.source = recipe.source(ImageSpec(*shape, recipe.steps, device, rows.detach().flatten(1)))
         self.losses: list[dict[str, float]] = []  # a batch: mean of each term over the steps, total, agreement in percent
         self.trace: dict[str, list[float]] = {}  # the last batch, step by step
 
@@ -831,22 +832,22 @@ class Inverter:
 
 # %% ../nbs/05_inversion.ipynb #cell-96
 @patch
-def _view(self: Inverter, images: Tensor, targets: Tensor) -> View:
+def _view(self: Inverter, images: Tensor, targets: Tensor) -> SynthesisBatch:
     "What the terms read. Where the source cannot ask for classes, the teacher's answers are the targets."
     n, views = len(images), [augment(images) for augment in self.views]
     x = views[0] if len(views) == 1 else torch.cat(views)
     self.watch.expect(n)
-    with watch(self.teacher.last_layer) as last:
+    with capture_activations(self.teacher.last_layer) as last:
         guided, logits = self.teacher.features_logits(x.contiguous(memory_format=torch.channels_last))
     features = last[0][0].flatten(1)
     statistics = self.watch.read() if self.watches else None
     targets = targets if self.source.asks else logits[:n].argmax(1)
     seen = (tensor[:n].float() for tensor in (features, logits))
-    return View(images, targets, views[0], *seen, self.student, statistics, guided[:n].float())
+    return SynthesisBatch(images, targets, views[0], *seen, self.student, statistics, guided[:n].float())
 
 # %% ../nbs/05_inversion.ipynb #cell-97
 @patch
-def _values(self: Inverter, view: View, warm: bool) -> dict[str, Tensor]:
+def _values(self: Inverter, view: SynthesisBatch, warm: bool) -> dict[str, Tensor]:
     "Each term's value, and the weighted total."
     zero = view.logits.new_zeros(())
     values = {t.name: t.loss(view) if warm or not t.warm else zero for t in self.terms}
@@ -903,13 +904,13 @@ def _record(self: Inverter, names: list[str], rows: list[list[float]]) -> None:
 
 # %% ../nbs/05_inversion.ipynb #cell-102
 @patch
-def synthesise(
+def synthesize(
     self: Inverter,
     targets: Int[Tensor, " n"],  # the class asked for, one an image
     warm: bool = True,  # whether warming up is over: adversarial terms join
 ) -> Float[Tensor, "n c h w"]:  # detached, in [0, 1], in the order of `targets`
     "Make images of the classes asked for. `FloatingPointError` names the term that is not finite."
-    with quiet(self.teacher, self.student), torch.enable_grad():
+    with frozen(self.teacher, self.student), torch.enable_grad():
         return torch.cat([self._batch(part, warm) for part in targets.split(self.batch_size)])
 
 # %% ../nbs/05_inversion.ipynb #cell-104

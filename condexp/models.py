@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Body', 'SMALL_MODELS', 'default_cfgs', 'PENULTIMATE', 'kaiming', 'SmallNet', 'register_small', 'WideBlock',
            'wide_body', 'residual_body', 'vgg_body', 'convnet_body', 'register_mobilenet', 'register_timm',
-           'plane_body', 'ModelSpec', 'create_backbone', 'watch', 'Classifier', 'make_classifier', 'from_spec',
-           'freeze', 'AtLayer', 'at_layer', 'model_names', 'takes', 'next_size', 'check_model', 'save_classifier',
-           'read_spec', 'load_classifier', 'fingerprint', 'Generator']
+           'plane_body', 'ModelSpec', 'create_backbone', 'capture_activations', 'Classifier', 'make_classifier',
+           'from_spec', 'freeze', 'AtLayer', 'at_layer', 'model_names', 'accepts_input', 'smallest_accepted_size',
+           'check_model', 'save_classifier', 'read_spec', 'load_classifier', 'fingerprint', 'Generator']
 
 # %% ../nbs/02_models.ipynb #cell-02
 import copy
@@ -28,7 +28,7 @@ from timm.models import build_model_with_cfg, register_model
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from .cache import load_tensors, refuse, save_tensors
+from .cache import load_tensors, invalid, save_tensors
 from .data import ImageSet
 
 # %% ../nbs/02_models.ipynb #cell-05
@@ -257,7 +257,7 @@ def create_backbone(name: str, num_classes: int, channels: int, size: int) -> nn
 
 # %% ../nbs/02_models.ipynb #cell-30
 @contextmanager
-def watch(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def capture_activations(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
     "Collect (input, output) of `layer` while the block runs; the hook is gone afterwards."
     seen = []
     handle = layer.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
@@ -282,7 +282,7 @@ class Classifier(nn.Module):
 
     def features_logits(self, x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k"]]:
         "What the last layer reads, and what it says, in one pass."
-        with watch(self.last_layer) as seen:
+        with capture_activations(self.last_layer) as seen:
             logits = self(x)
         return seen[0][0].flatten(1), logits
 
@@ -335,7 +335,7 @@ class AtLayer(Classifier):
         self.to(model.mean.device).train(model.training)
 
     def features_logits(self, x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k"]]:
-        with watch(self.backbone.get_submodule(self.layer)) as seen:
+        with capture_activations(self.backbone.get_submodule(self.layer)) as seen:
             logits = self(x)
         features = seen[0][1]
         positions = {3: 1, 4: (2, 3)}.get(features.ndim)  # of n l d, of n d h w
@@ -349,7 +349,7 @@ def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
     layers = [name for name, _ in model.backbone.named_modules() if name]
     if layer not in layers:
         close = difflib.get_close_matches(layer, layers, 3, 0.0)
-        refuse("layer", layer, f"it must be {PENULTIMATE} or a layer of {model.spec.name}, such as {', '.join(close)}")
+        invalid("layer", layer, f"it must be {PENULTIMATE} or a layer of {model.spec.name}, such as {', '.join(close)}")
     return AtLayer(model, layer)
 
 # %% ../nbs/02_models.ipynb #cell-43
@@ -359,7 +359,7 @@ def model_names() -> list[str]:
 
 
 @functools.lru_cache
-def takes(name: str, channels: int, size: int) -> bool:
+def accepts_input(name: str, channels: int, size: int) -> bool:
     "Whether architecture `name` classifies images of this shape: tried out on shapes alone."
     spec = ModelSpec(name, ("a", "b", "c"), channels, size, (0.0,) * channels, (1.0,) * channels)
     try:
@@ -370,16 +370,16 @@ def takes(name: str, channels: int, size: int) -> bool:
         return False
 
 # %% ../nbs/02_models.ipynb #cell-44
-def next_size(name: str, channels: int, size: int, largest: int = 1024) -> int | None:
+def smallest_accepted_size(name: str, channels: int, size: int, largest: int = 1024) -> int | None:
     "The smallest size above `size` that architecture `name` takes, by doubling and bisection."
     low, high = size, 2 * size
-    while not takes(name, channels, high):
+    while not accepts_input(name, channels, high):
         low, high = high, 2 * high
         if high > largest:
             return None
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if takes(name, channels, middle) else (middle, high)
+        low, high = (low, middle) if accepts_input(name, channels, middle) else (middle, high)
     return high
 
 # %% ../nbs/02_models.ipynb #cell-45
@@ -393,13 +393,13 @@ def check_model(
     if name not in (names := model_names()):
         close = difflib.get_close_matches(str(name), names, 3, 0.5) or SMALL_MODELS[:3]
         allowed = "it must be a model of ours or timm's (condexp.models.model_names() lists them)"
-        refuse(parameter, name, f"{allowed}, for example {', '.join(close)}")
-    if size and not takes(name, channels, size):
-        minimum = next_size(name, channels, size)
+        invalid(parameter, name, f"{allowed}, for example {', '.join(close)}")
+    if size and not accepts_input(name, channels, size):
+        minimum = smallest_accepted_size(name, channels, size)
         if minimum is None:
-            refuse(parameter, name, f"that does not classify images with {channels} channels and {size} pixels a side")
+            invalid(parameter, name, f"that does not classify images with {channels} channels and {size} pixels a side")
         needs = f"{name} needs images of at least {minimum} x {minimum} pixels"
-        refuse(parameter, name, f"{needs}, and these have {size} x {size}: choose another model or a larger size")
+        invalid(parameter, name, f"{needs}, and these have {size} x {size}: choose another model or a larger size")
 
 # %% ../nbs/02_models.ipynb #cell-48
 def save_classifier(path: Path, model: Classifier, meta: dict) -> Path:

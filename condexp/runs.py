@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PATHS', 'EVALUATE', 'NO_DATA', 'Run', 'text', 'new_file', 'RunTraining', 'known_model', 'RunTeacher', 'positive',
-           'RunCondense', 'RunDistil', 'listed', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set',
-           'RunSurrogate', 'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data', 'scored',
-           'shortly', 'open_teacher', 'held_out', 'given_set', 'condensed_set', 'settled', 'arm_sources',
-           'transfer_source', 'real_images', 'part_of', 'related_words', 'open_transfer', 'transfer_set', 'set_name',
-           'overlap_lines', 'set_distillation', 'distillation', 'teacher_schedule', 'evaluation_schedule', 'write_made']
+           'RunCondense', 'RunDistil', 'split_list', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'known_set',
+           'RunSurrogate', 'RunBoundary', 'RunFeatures', 'parameters', 'open_run', 'read_teacher', 'no_data',
+           'evaluation_splits', 'truncate', 'open_teacher', 'validation_splits', 'given_set', 'condensed_set',
+           'resolve_ipc', 'method_sources', 'transfer_source', 'real_source', 'part_of', 'related_words',
+           'open_transfer', 'transfer_set', 'set_name', 'overlap_lines', 'set_distillation', 'distillation',
+           'teacher_schedule', 'evaluation_schedule', 'save_outputs']
 
 # %% ../nbs/12_runs.ipynb #cell-02
 import json
@@ -24,16 +25,16 @@ import torch
 from lightning_fabric import Fabric
 
 from .augment import AUGMENTATIONS
-from .cache import config_hash, one_of, refuse, whole
+from .cache import config_hash, check_choice, invalid, check_int
 from .condensation import CONDENSERS, EVALUATION, NORMALISATIONS, check_condenser, condense, load_condensed
-from .data import ImageSet, Splits, known_dataset, load_images, load_splits, minival, random_per_class
+from .data import ImageSet, Splits, known_dataset, load_images, load_splits, validation_split, random_per_class
 from .discriminator import named_alignment
 from .inversion import named_inversion
-from .kd import ARMS, COMPARED, DIRECTIONS, LABELS, ArmResult, Distillation, teacher_set
+from .kd import METHODS, COMPARED, DIRECTIONS, LABELS, MethodResult, Distillation, teacher_set
 from .models import PENULTIMATE, Classifier, at_layer, check_model, load_classifier, make_classifier, save_classifier
 from .shaders import BACKENDS, gl_context
-from .surrogates import PARTS, RELATED, SAMPLINGS, SURROGATES, by_overlap, check_pixels, class_words, described
-from .surrogates import overlap, own_settings, surrogate, synthetic
+from .surrogates import PARTS, RELATED, SAMPLINGS, SURROGATES, by_overlap, check_pixels, class_words, resolved_settings
+from .surrogates import overlap, own_settings, surrogate, is_synthetic
 from .training import DEVICES, PRECISIONS, Schedule, accuracy, default_schedule, make_fabric, on_device, train_classifier
 
 # %% ../nbs/12_runs.ipynb #cell-05
@@ -57,9 +58,9 @@ class Run:
             if str(getattr(self, name, "")).startswith("~"):
                 object.__setattr__(self, name, str(Path(getattr(self, name)).expanduser()))
         for name in ("size", "seed"):
-            whole(name, getattr(self, name), 0)
-        one_of("device", self.device, DEVICES)
-        one_of("precision", str(self.precision), PRECISIONS)
+            check_int(name, getattr(self, name), 0)
+        check_choice("device", self.device, DEVICES)
+        check_choice("precision", str(self.precision), PRECISIONS)
         text("record", self.record, empty=True)
         text("dataset", self.dataset, empty=self.without_data)
 
@@ -75,14 +76,14 @@ class Run:
 def text(name: str, value, empty: bool = False) -> str:
     "`value` if it is a text, else a refusal."
     if not isinstance(value, str) or not (value or empty):
-        refuse(name, value, "it must be a text")
+        invalid(name, value, "it must be a text")
     return value
 
 # %% ../nbs/12_runs.ipynb #cell-08
 def new_file(name: str, value) -> str:
     "`value` if it is empty or a file that can be written and read again, else a refusal."
     if text(name, value, empty=True) and (Path(value).suffix != ".safetensors" or Path(value).is_dir()):
-        refuse(name, value, "it must be empty, or a file called *.safetensors")
+        invalid(name, value, "it must be empty, or a file called *.safetensors")
     return value
 
 # %% ../nbs/12_runs.ipynb #cell-10
@@ -97,16 +98,16 @@ class RunTraining(Run):
     def __post_init__(self):
         super().__post_init__()
         for name in ("epochs", "steps", "batch_size"):
-            whole(name, getattr(self, name), 0)
+            check_int(name, getattr(self, name), 0)
         if self.batch_size == 1:
-            refuse("batch_size", 1, "BatchNorm needs at least 2 images; 0 is the default")
+            invalid("batch_size", 1, "BatchNorm needs at least 2 images; 0 is the default")
 
 # %% ../nbs/12_runs.ipynb #cell-12
 def known_model(name: str, value) -> str:
     "`value` if it names a model or a file of weights that exists, else a refusal."
     if text(name, value).endswith(".safetensors"):
         if not Path(value).is_file():
-            refuse(name, value, "there is no such file")
+            invalid(name, value, "there is no such file")
         return value
     check_model(name, value)
     return value
@@ -128,7 +129,7 @@ class RunTeacher(RunTraining):
 def positive(name: str, value) -> float:
     "`value` if it is a positive number, else a refusal."
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        refuse(name, value, "it must be a positive number")
+        invalid(name, value, "it must be a positive number")
     return value
 
 # %% ../nbs/12_runs.ipynb #cell-18
@@ -150,13 +151,13 @@ class RunCondense(RunTraining):
 
     def __post_init__(self):
         super().__post_init__()
-        one_of("condenser", self.condenser, CONDENSERS)
-        whole("ipc", self.ipc, 1)
-        whole("iterations", self.iterations, 0)
-        one_of("labels", self.labels, LABELS)
+        check_choice("condenser", self.condenser, CONDENSERS)
+        check_int("ipc", self.ipc, 1)
+        check_int("iterations", self.iterations, 0)
+        check_choice("labels", self.labels, LABELS)
         known_model("teacher", self.teacher)
         positive("temperature", self.temperature)
-        one_of("evaluate", self.evaluate, EVALUATE)
+        check_choice("evaluate", self.evaluate, EVALUATE)
         new_file("output", self.output)
 
 # %% ../nbs/12_runs.ipynb #cell-21
@@ -180,19 +181,19 @@ class RunDistil(RunTraining):
         super().__post_init__()
         known_model("teacher", self.teacher)
         check_model("student", text("student", self.student))
-        whole("ipc", self.ipc, 1)
+        check_int("ipc", self.ipc, 1)
         if self.condenser not in CONDENSERS and not Path(text("condenser", self.condenser)).is_file():
-            refuse("condenser", self.condenser, f"it must be one of {', '.join(CONDENSERS)}, or the path of a set")
-        one_of("normalisation", self.normalisation, NORMALISATIONS)
+            invalid("condenser", self.condenser, f"it must be one of {', '.join(CONDENSERS)}, or the path of a set")
+        check_choice("normalisation", self.normalisation, NORMALISATIONS)
         named_inversion(self.inversion)
-        whole("inversion_steps", self.inversion_steps, 0)
+        check_int("inversion_steps", self.inversion_steps, 0)
         text("layer", self.layer)
         positive("temperature", self.temperature)
-        one_of("direction", self.direction, DIRECTIONS)
-        one_of("evaluate", self.evaluate, EVALUATE)
+        check_choice("direction", self.direction, DIRECTIONS)
+        check_choice("evaluate", self.evaluate, EVALUATE)
 
 # %% ../nbs/12_runs.ipynb #cell-22
-def listed(name: str, value) -> list[str]:
+def split_list(name: str, value) -> list[str]:
     "The parts of a comma-separated text, each once."
     return list(dict.fromkeys(part.strip() for part in text(name, value).split(",")))
 
@@ -208,12 +209,12 @@ class RunArms(RunDistil):
         super().__post_init__()
         named_alignment(self.alignment)
         for arm in self.arm_names:
-            one_of("arms", arm, COMPARED)
+            check_choice("arms", arm, COMPARED)
 
     @property
     def arm_names(self) -> list[str]:
         "The arms asked for, in the papers' order."
-        return sorted(listed("arms", self.arms), key=lambda a: list(COMPARED).index(a) if a in COMPARED else -1)
+        return sorted(split_list("arms", self.arms), key=lambda a: list(COMPARED).index(a) if a in COMPARED else -1)
 
 # %% ../nbs/12_runs.ipynb #cell-25
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class RunAlignment(RunDistil):
     @property
     def alignment_names(self) -> list[str]:
         "The alignments asked for."
-        return listed("alignments", self.alignments)
+        return split_list("alignments", self.alignments)
 
 # %% ../nbs/12_runs.ipynb #cell-28
 @dataclass(frozen=True)
@@ -265,21 +266,21 @@ class RunQuality(Run):
         super().__post_init__()
         known_model("teacher", self.teacher)
         if not self.dataset and not self.teacher.endswith(".safetensors"):
-            refuse("dataset", "", "without data the teacher must be a .safetensors file")
+            invalid("dataset", "", "without data the teacher must be a .safetensors file")
         known_set(self.surrogate)
         if not self.dataset and self.surrogate == "original":
-            refuse("surrogate", "original", "dataset is empty: there are no original images")
-        whole("images", self.images, 0 if self.surrogate not in SURROGATES else 1)
-        one_of("sampling", self.sampling, SAMPLINGS)
+            invalid("surrogate", "original", "dataset is empty: there are no original images")
+        check_int("images", self.images, 0 if self.surrogate not in SURROGATES else 1)
+        check_choice("sampling", self.sampling, SAMPLINGS)
         positive("budget", self.budget)
-        one_of("part", self.part, PARTS)
+        check_choice("part", self.part, PARTS)
         if self.part != "all" and (self.surrogate in (*SURROGATES, "original") or self.surrogate.endswith(".safetensors")):
-            refuse("part", self.part, "only a data set's name or path has classes of its own to choose from")
+            invalid("part", self.part, "only a data set's name or path has classes of its own to choose from")
         text("related", self.related, empty=True)
         if self.related and not Path(self.related).is_file():
-            refuse("related", self.related, "there is no such file")
-        whole("programs", self.programs, 1)
-        one_of("backend", self.backend, BACKENDS)
+            invalid("related", self.related, "there is no such file")
+        check_int("programs", self.programs, 1)
+        check_choice("backend", self.backend, BACKENDS)
         text("shader_folder", self.shader_folder, empty=True)
         text("photo", self.photo)
 
@@ -289,7 +290,7 @@ def known_set(value) -> None:
     known = (*SURROGATES, "original")
     saved = text("surrogate", value).endswith(".safetensors")
     if not (value in known or known_dataset(value)) or (saved and not Path(value).is_file()):
-        refuse("surrogate", value, f"it must be one of {', '.join(known)}, a data set's name or path, or a saved .safetensors set")
+        invalid("surrogate", value, f"it must be one of {', '.join(known)}, a data set's name or path, or a saved .safetensors set")
 
 # %% ../nbs/12_runs.ipynb #cell-31
 @dataclass(frozen=True)
@@ -309,11 +310,11 @@ class RunSurrogate(RunQuality, RunTraining):
         check_model("student", text("student", self.student))
         if self.temperature != 0:
             positive("temperature", self.temperature)
-        one_of("labels", self.labels, LABELS)
-        one_of("augmentation", self.augmentation, AUGMENTATIONS)
+        check_choice("labels", self.labels, LABELS)
+        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
         if not isinstance(self.mixup, bool):
-            refuse("mixup", self.mixup, "it must be True or False")
-        one_of("evaluate", self.evaluate, EVALUATE if self.dataset else EVALUATE[:1])
+            invalid("mixup", self.mixup, "it must be True or False")
+        check_choice("evaluate", self.evaluate, EVALUATE if self.dataset else EVALUATE[:1])
         text("output", self.output, empty=True)
 
 
@@ -328,9 +329,9 @@ class RunBoundary(RunSurrogate):
 
     def __post_init__(self):
         super().__post_init__()
-        whole("targets", self.targets, 0)
-        whole("attack_steps", self.attack_steps, 1)
-        whole("beyond", self.beyond, 0)
+        check_int("targets", self.targets, 0)
+        check_int("attack_steps", self.attack_steps, 1)
+        check_int("beyond", self.beyond, 0)
 
 # %% ../nbs/12_runs.ipynb #cell-32
 @dataclass(frozen=True)
@@ -347,10 +348,10 @@ class RunFeatures(Run):
         super().__post_init__()
         known_model("teacher", self.teacher)
         if self.photographs and not known_dataset(text("photographs", self.photographs)):
-            refuse("photographs", self.photographs, "it must be a data set's name or path")
-        whole("images", self.images, 1)
-        whole("programs", self.programs, 1)
-        one_of("backend", self.backend, BACKENDS)
+            invalid("photographs", self.photographs, "it must be a data set's name or path")
+        check_int("images", self.images, 1)
+        check_int("programs", self.programs, 1)
+        check_choice("backend", self.backend, BACKENDS)
 
 # %% ../nbs/12_runs.ipynb #cell-36
 def parameters(
@@ -362,7 +363,7 @@ def parameters(
     plain = (int, float, str, bool, list, dict, tuple, NoneType)
     for name, value in scope.items():
         if isinstance(value, plain) and not name.startswith("_") and name not in (*names, "In", "Out"):
-            refuse(name, value, f"this notebook has no such parameter; it has {', '.join(names)}")
+            invalid(name, value, f"this notebook has no such parameter; it has {', '.join(names)}")
     return kind(**{name: scope[name] for name in names})
 
 # %% ../nbs/12_runs.ipynb #cell-39
@@ -374,7 +375,7 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
     teacher = getattr(run, "teacher", "")
     known = read_teacher(teacher)[0] if teacher.endswith(".safetensors") else None
     if not run.dataset and run.size not in (0, known.spec.size):
-        refuse("size", run.size, f"without data it must be 0, or that of the teacher, {known.spec.size}")
+        invalid("size", run.size, f"without data it must be 0, or that of the teacher, {known.spec.size}")
     splits = load_splits(run.dataset, run.size or (known.spec.size if known else 0)) if run.dataset else no_data(known, fabric)
     for name in ("model", "teacher", "student"):
         if (model := getattr(run, name, "")) and not model.endswith(".safetensors"):
@@ -391,7 +392,7 @@ def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classif
         return load_classifier(path, device)
     except ValueError as error:
         problem = str(error)
-    refuse("teacher", Path(path).name, f"it must be weights that run_teacher wrote ({problem})")
+    invalid("teacher", Path(path).name, f"it must be weights that run_teacher wrote ({problem})")
 
 # %% ../nbs/12_runs.ipynb #cell-43
 NO_DATA = "There is no data of the task: the student is held against its teacher, on a tenth of the transfer set, held out."
@@ -403,15 +404,15 @@ def no_data(teacher: Classifier, fabric: Fabric) -> Splits:
     return Splits(nothing, nothing, NO_DATA)
 
 
-def scored(run: RunSurrogate, images: ImageSet, splits: Splits) -> tuple[ImageSet, Splits]:
+def evaluation_splits(run: RunSurrogate, images: ImageSet, splits: Splits) -> tuple[ImageSet, Splits]:
     "The images of a transfer set to learn from, and those to score on: without data, a tenth of the same set."
     if run.dataset:
         return images, splits
-    rest, held = minival(images)
+    rest, held = validation_split(images)
     return rest, Splits(rest, held, splits.note)
 
 # %% ../nbs/12_runs.ipynb #cell-45
-def shortly(value) -> str:
+def truncate(value) -> str:
     "A long tuple cut to its length and first entries."
     return f"({len(value)}: {', '.join(value[:4])}, ...)" if isinstance(value, tuple) and len(value) > 4 else str(value)
 
@@ -422,18 +423,18 @@ def open_teacher(run: Run, splits: Splits, fabric: Fabric) -> tuple[Classifier, 
         return train_classifier(run.teacher, splits, default_schedule(splits.train), 0, fabric)
     teacher, meta = read_teacher(run.teacher, fabric.device)
     for what in ("classes", "channels", "size"):
-        has, wanted = shortly(getattr(teacher.spec, what)), shortly(getattr(splits.train, what))
+        has, wanted = truncate(getattr(teacher.spec, what)), truncate(getattr(splits.train, what))
         if getattr(teacher.spec, what) != getattr(splits.train, what):
-            refuse("teacher", Path(run.teacher).name, f"its {what} {has} must be those of dataset, {wanted}")
+            invalid("teacher", Path(run.teacher).name, f"its {what} {has} must be those of dataset, {wanted}")
     measured = {"accuracy": accuracy(teacher, splits.test, fabric)} if len(splits.test) else {}  # the file's may be of others
     return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0, "accuracy": None} | meta | measured
 
 # %% ../nbs/12_runs.ipynb #cell-47
-def held_out(run: RunDistil | RunCondense | RunSurrogate, splits: Splits) -> Splits:
+def validation_splits(run: RunDistil | RunCondense | RunSurrogate, splits: Splits) -> Splits:
     "`splits`, or, to choose settings, with a tenth of the training images held out in the place of the test."
     if run.evaluate == "test":
         return splits
-    rest, held = minival(splits.train)
+    rest, held = validation_split(splits.train)
     note = "Scored on a tenth of the training images, which nothing but the teacher has seen."
     return Splits(rest, held, f"{splits.note} {note}".strip())
 
@@ -444,9 +445,9 @@ def given_set(run, train: ImageSet) -> ImageSet:
     for what in ("channels", "size", "num_classes"):
         has, wanted = getattr(given, what), getattr(train, what)
         if has != wanted:
-            refuse("condenser", name, f"its {what}, {has}, must be that of dataset, {wanted}")
+            invalid("condenser", name, f"its {what}, {has}, must be that of dataset, {wanted}")
     if other := [pair for pair in zip(given.classes, train.classes, strict=True) if pair[0] != pair[1]]:
-        refuse("condenser", name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}")
+        invalid("condenser", name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}")
     return given
 
 
@@ -457,7 +458,7 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
     return on_device(given_set(run, train), fabric)
 
 # %% ../nbs/12_runs.ipynb #cell-52
-def settled(run, train: ImageSet):  # a run with a condenser; and so is what comes back
+def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what comes back
     "The run with the images per class that it will have: of a file, what it holds. Refuses what cannot be had, before any work."
     if run.condenser in CONDENSERS:
         check_condenser(run.condenser, train, run.ipc, getattr(run, "iterations", 0))
@@ -468,9 +469,9 @@ def settled(run, train: ImageSet):  # a run with a condenser; and so is what com
     return run
 
 # %% ../nbs/12_runs.ipynb #cell-54
-def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[str]) -> dict[str, ImageSet]:
+def method_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[str]) -> dict[str, ImageSet]:
     "The given images of some arms: `condensed`, `random`, `full`."
-    needed = {ARMS[a].source for a in arms} - {""}
+    needed = {METHODS[a].source for a in arms} - {""}
     make = dict(
         condensed=lambda: condensed_set(run, train, fabric),
         random=lambda: random_per_class(train, run.ipc, run.seed),
@@ -482,17 +483,17 @@ def arm_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequence[
 def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     "What a run's transfer set is made of: a surrogate's name, or real images, or those of a saved set; refused if unreadable."
     if run.surrogate in SURROGATES:
-        described(own_settings(run.surrogate, vars(run)))
+        resolved_settings(own_settings(run.surrogate, vars(run)))
         return run.surrogate
-    images = real_images(run, train)
+    images = real_source(run, train)
     if images.size != train.size:
-        refuse("surrogate", Path(run.surrogate).name, f"its size, {images.size}, must be that of dataset, {train.size}")
+        invalid("surrogate", Path(run.surrogate).name, f"its size, {images.size}, must be that of dataset, {train.size}")
     if run.images > len(check_pixels(images, "surrogate")):
-        refuse("images", run.images, f"{Path(run.surrogate).name} has {len(images)}; 0 takes them all")
+        invalid("images", run.images, f"{Path(run.surrogate).name} has {len(images)}; 0 takes them all")
     return images
 
 
-def real_images(run: RunQuality, train: ImageSet) -> ImageSet:
+def real_source(run: RunQuality, train: ImageSet) -> ImageSet:
     "The teacher's own images, those of a saved set, of a folder, archive or known name, or a part of these."
     if run.surrogate == "original":
         return train
@@ -507,12 +508,12 @@ def part_of(run: RunQuality, train: ImageSet) -> ImageSet:
     "Of a set with classes, those that overlap with the teacher's, or the others."
     images = load_images(run.surrogate, train.size, "surrogate")
     if images.num_classes < 2:
-        refuse("part", run.part, f"{Path(run.surrogate).name} has no folders of classes")
+        invalid("part", run.part, f"{Path(run.surrogate).name} has no folders of classes")
     words = class_words(run.surrogate, images.classes)
     found = overlap(words, related_words(run, train))
     chosen = by_overlap(images, list(found))[run.part == "out"]
     if not len(chosen):
-        refuse("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
+        invalid("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
     return replace(chosen, provenance=chosen.provenance | {"overlap": {words[name]: known for name, known in found.items()}})
 
 
@@ -523,16 +524,16 @@ def related_words(run: RunQuality, train: ImageSet) -> dict[str, Sequence[str]]:
     try:
         table = {name: list(words) for name, words in json.loads(Path(run.related).read_text()).items()}
     except (ValueError, AttributeError, TypeError) as error:
-        refuse("related", Path(run.related).name, f"it must be JSON, a list of words for each class ({error})")
+        invalid("related", Path(run.related).name, f"it must be JSON, a list of words for each class ({error})")
     if unknown := sorted(set(table) - set(train.classes)):
-        refuse("related", Path(run.related).name, f"dataset has no classes {', '.join(unknown)}")
+        invalid("related", Path(run.related).name, f"dataset has no classes {', '.join(unknown)}")
     return table
 
 # %% ../nbs/12_runs.ipynb #cell-60
 def open_transfer(run: RunSurrogate) -> tuple[Fabric, Splits, Splits, str | ImageSet]:
     "The device, the teacher's data, the splits that students are scored on, and the source of their transfer set."
     fabric, data = open_run(run)
-    splits = held_out(run, data)
+    splits = validation_splits(run, data)
     return fabric, data, splits, transfer_source(run, splits.train)
 
 # %% ../nbs/12_runs.ipynb #cell-62
@@ -563,7 +564,7 @@ def set_distillation(run: RunSurrogate, train: ImageSet, source: str | ImageSet)
         epochs=run.epochs or (20 if small else 40),
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
-        temperature=float(run.temperature) or (20.0 if synthetic(source) else 2.0),
+        temperature=float(run.temperature) or (20.0 if is_synthetic(source) else 2.0),
         labels=run.labels,
         augmentation=run.augmentation,
         mixup=run.mixup,
@@ -602,10 +603,10 @@ def evaluation_schedule(run: RunCondense) -> Schedule:
     return replace(EVALUATION, **{name: value for name, value in asked.items() if value})
 
 # %% ../nbs/12_runs.ipynb #cell-70
-def write_made(
+def save_outputs(
     folder: str,  # empty: nothing is written
     images: dict[str, ImageSet],
-    results: dict[str, ArmResult],
+    results: dict[str, MethodResult],
     measure: str = "accuracy",  # what a result's number is: without data, the agreement with the teacher
 ) -> list[str]:  # names of the files
     "Write sets as `<name>.images.safetensors`, and students as `<name>.student.safetensors`, which teach in their turn."

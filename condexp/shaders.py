@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from .cache import progress, refuse
+from .cache import progress, invalid
 
 # %% ../nbs/08_shaders.ipynb #cell-05
 Value = Tensor | tuple[Tensor, ...]  # a float at each pixel; a place (2) or a colour (3)
@@ -661,7 +661,7 @@ def read_programs(folder: Path) -> list[Source]:
         if code:
             found.append(Source(path.relative_to(folder).as_posix(), code))
     if not found:
-        refuse("shader_folder", str(folder), "it must hold .fragment, .frag, .glsl or Shadertoy's .json files")
+        invalid("shader_folder", str(folder), "it must hold .fragment, .frag, .glsl or Shadertoy's .json files")
     return found
 
 # %% ../nbs/08_shaders.ipynb #cell-76

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'make_fabric', 'precision_of', 'on_device', 'rng_state', 'set_rng_state', 'seeded',
-           'Schedule', 'default_schedule', 'onecycle', 'predict', 'accuracy', 'epoch_order', 'finite', 'fit_epoch',
-           'fit', 'drawn', 'glance', 'train_classifier']
+           'Schedule', 'default_schedule', 'onecycle', 'predict', 'accuracy', 'epoch_order', 'check_finite',
+           'fit_epoch', 'fit', 'fixed_indices', 'fixed_subset', 'train_classifier']
 
 # %% ../nbs/03_training.ipynb #cell-02
 import math
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 from .augment import Augment, standard
-from .cache import Checkpoint, cached, one_of, progress, refuse, whole
+from .cache import Checkpoint, cached, check_choice, progress, invalid, check_int
 from .data import ImageSet, Splits
 from .models import Classifier, load_classifier, make_classifier, save_classifier
 
@@ -37,11 +37,11 @@ def make_fabric(
     precision: str = "auto",  # one of PRECISIONS
 ) -> Fabric:
     "Where everything runs and in which precision; refuses a device that is not there."
-    one_of("device", device, DEVICES)
-    one_of("precision", precision, PRECISIONS)
+    check_choice("device", device, DEVICES)
+    check_choice("precision", precision, PRECISIONS)
     there = torch.cuda.is_available()
     if device == "cuda" and not there:
-        refuse("device", device, "this machine has no CUDA device: use auto or cpu")
+        invalid("device", device, "this machine has no CUDA device: use auto or cpu")
     cuda = there and device != "cpu"
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     automatic = PRECISIONS["bf16" if bf16 else "32"]
@@ -97,9 +97,9 @@ class Schedule:
 
     def __post_init__(self):
         for name, least in (("epochs", 1), ("steps", 1), ("batch_size", 2)):
-            whole(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if not self.lr > 0:
-            refuse("lr", self.lr, "it must be a positive number")
+            invalid("lr", self.lr, "it must be a positive number")
 
     @property
     def total(self) -> int:
@@ -166,7 +166,7 @@ def epoch_order(n: int, schedule: Schedule, device: torch.device) -> Int[Tensor,
     return order.flatten()[:wanted].view(schedule.steps, schedule.batch_size)
 
 # %% ../nbs/03_training.ipynb #cell-23
-def finite(loss: float, what: str, advice: str) -> float:
+def check_finite(loss: float, what: str, advice: str) -> float:
     "`loss`, if it is a number; else a `FloatingPointError`: what has diverged is no result."
     if not math.isfinite(loss):
         raise FloatingPointError(f"{what} diverged (its loss is not a number): try {advice}")
@@ -184,7 +184,7 @@ def fit_epoch(
         sums += torch.stack(step(index))
         bar.update()
     loss, right = (sums / len(order)).tolist()
-    return {"loss": finite(loss, "the training", "a lower learning rate"), "accuracy": 100 * right}
+    return {"loss": check_finite(loss, "the training", "a lower learning rate"), "accuracy": 100 * right}
 
 # %% ../nbs/03_training.ipynb #cell-26
 def fit(
@@ -243,14 +243,14 @@ def _resume(checkpoint: Checkpoint, parts: dict) -> list[dict]:
     return state["history"]
 
 # %% ../nbs/03_training.ipynb #cell-31
-def drawn(count: int, n: int) -> Int[Tensor, " m"]:
+def fixed_indices(count: int, n: int) -> Int[Tensor, " m"]:
     "Which `n` of `count` things, or all if there are fewer: drawn once and for all, in order."
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:n].sort().values
 
 
-def glance(images: ImageSet, n: int = 1000) -> ImageSet:
+def fixed_subset(images: ImageSet, n: int = 1000) -> ImageSet:
     "`n` images of the set, or all if it has fewer, drawn once and for all: enough to draw a curve."
-    return images.subset(drawn(len(images), n))
+    return images.subset(fixed_indices(len(images), n))
 
 # %% ../nbs/03_training.ipynb #cell-33
 def train_classifier(
@@ -269,7 +269,7 @@ def train_classifier(
     def compute(checkpoint: Checkpoint) -> tuple[Classifier, dict]:
         with seeded(seed):
             model = make_classifier(name, splits.train)
-            history = fit(model, splits.train, schedule, augment, fabric, checkpoint, glance(splits.test))
+            history = fit(model, splits.train, schedule, augment, fabric, checkpoint, fixed_subset(splits.test))
         meta = {"accuracy": accuracy(model, splits.test, fabric), "history": history, "config": config}
         return model, meta | {"seconds": sum(h["seconds"] for h in history)}
 

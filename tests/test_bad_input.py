@@ -12,7 +12,7 @@ from dataclasses import replace
 from condexp.cache import cache_dir
 from condexp.models import make_classifier, save_classifier
 from condexp.runs import RunAlignment, RunBoundary, RunCondense, RunKD, RunQuality, RunSurrogate, RunTeacher
-from condexp.runs import open_run, open_teacher, parameters, settled, transfer_source
+from condexp.runs import open_run, open_teacher, parameters, resolve_ipc, transfer_source
 
 KINDS = {
     "run_kd": RunKD,
@@ -39,7 +39,7 @@ def begin(notebook, **given):
     run = parameters(defaults(notebook) | WITHOUT_GL.get(notebook, {}) | given, KINDS[notebook])
     fabric, splits = open_run(run)
     if hasattr(run, "ipc"):
-        settled(run, splits.train)
+        resolve_ipc(run, splits.train)
     if hasattr(run, "surrogate"):
         transfer_source(run, splits.train)
     if getattr(run, "teacher", "").endswith(".safetensors"):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from condexp.data import ImageSet, load_splits, minival, random_per_class
+from condexp.data import ImageSet, load_splits, validation_split, random_per_class
 
 
 def pack(folder, path, mode="w:gz"):
@@ -130,9 +130,9 @@ def test_a_set_comes_back_from_its_file_as_it_was(digits, tmp_path):
 
 
 def test_minival_is_part_of_train_and_always_the_same(digits):
-    rest, held = minival(digits.train, 0.1)
+    rest, held = validation_split(digits.train, 0.1)
     assert len(rest) + len(held) == len(digits.train) and min(held.counts) > 0
-    assert minival(digits.train, 0.1)[1].fingerprint == held.fingerprint
+    assert validation_split(digits.train, 0.1)[1].fingerprint == held.fingerprint
 
 
 def test_random_images_are_a_choice_of_each_class(digits):

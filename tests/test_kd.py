@@ -7,7 +7,7 @@ import torch
 
 from condexp.data import ImageSet
 from condexp.inversion import INVERSIONS
-from condexp.kd import ARMS, Distillation, distil, kd_loss
+from condexp.kd import METHODS, Distillation, distil, kd_loss
 from condexp.models import fingerprint
 
 TINY = Distillation(epochs=2, steps=2, batch_size=16, synthesis_batch=20, warmup=1, inversion_steps=2)
@@ -18,13 +18,13 @@ def sources(digits, condensed):
     return {"random": condensed, "condensed": condensed, "full": digits.train, "given": digits.test}
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", METHODS)
 def test_every_arm_says_what_it_used(arm, sources, teacher, digits, fabric):
     result = distil(arm, teacher, "wrn_10_1", sources, digits, TINY, 0, fabric)
-    given = len(sources[ARMS[arm].source]) if ARMS[arm].source else 0
-    pool = 2 * 20 if ARMS[arm].pool else 0
+    given = len(sources[METHODS[arm].source]) if METHODS[arm].source else 0
+    pool = 2 * 20 if METHODS[arm].pool else 0
     assert result.steps == 4 and result.images == given + pool and len(result.history) == 2
-    assert 0 <= result.accuracy <= 100 and (result.pool is not None) == ARMS[arm].pool
+    assert 0 <= result.accuracy <= 100 and (result.pool is not None) == METHODS[arm].pool
 
 
 def test_the_pool_asks_for_every_class_equally_often(sources, teacher, digits, fabric):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from condexp.data import ImageSet, Splits, channel_statistics
 from condexp.models import freeze
-from condexp.quality import relative_entropy, vendi_score
+from condexp.quality import normalised_entropy, vendi_score
 from condexp.shaders import evaluate, gl_context, render, write_program
-from condexp.surrogates import SURROGATES, Wanted, filtered, overlap, own_settings, photograph, surrogate, to_channels
+from condexp.surrogates import SURROGATES, StreamSpec, filtered, overlap, own_settings, photograph, surrogate, to_channels
 from condexp.training import Schedule, predict, train_classifier
 
 try:
@@ -24,7 +24,7 @@ except RuntimeError as error:
 
 def first(name, n, size=32, seed=0, channels=3, **settings):
     "The first images of a stream."
-    wanted = Wanted(size, seed, (0.5,) * channels, (0.25,) * channels)
+    wanted = StreamSpec(size, seed, (0.5,) * channels, (0.25,) * channels)
     batches, found = [], 0
     for batch in SURROGATES[name](wanted, **own_settings(name, {"backend": "torch", "programs": 8} | settings)):
         batches.append(to_channels(batch, channels))
@@ -92,7 +92,7 @@ def test_opengl_and_torch_paint_the_same():
 
 def test_the_filter_fills_the_classes_evenly(teacher, digits, fabric):
     made = surrogate(digits.train, teacher, 300, 0, fabric)
-    assert made.counts == [30] * 10 and relative_entropy(torch.tensor(made.counts)) > 0.999
+    assert made.counts == [30] * 10 and normalised_entropy(torch.tensor(made.counts)) > 0.999
     assert (predict(teacher, made, fabric)[1].argmax(1) == made.labels).all()
 
 
