@@ -147,7 +147,7 @@ class Term:
     name: str  # under which its value is recorded
     weight: float
     loss: Callable[[SynthesisBatch], Tensor]  # a function, or a `Remembering` module
-    warm: bool = False  # joins only when `synthesise` is told that warming up is over
+    warm: bool = False  # joins only when `synthesize` is told that warming up is over
     watches: bool = False  # reads the BN layers: does not apply to a teacher without any
 
 # %% ../nbs/05_inversion.ipynb #cell-19
@@ -821,7 +821,7 @@ class Inverter:
         self.trace: dict[str, list[float]] = {}  # the last batch, step by step
 
     def close(self) -> None:
-        "Remove every hook. They are there only while `synthesise` runs, so this is a second lock."
+        "Remove every hook. They are there only while `synthesize` runs, so this is a second lock."
         self.watch.close()
 
     def __enter__(self) -> "Inverter":

@@ -207,7 +207,7 @@ def balanced_targets(n: int, classes: int, device: torch.device) -> Int[Tensor, 
 @patch
 def _synthesise(self: Distiller, adversarial: bool) -> tuple[Tensor, Tensor]:
     targets = balanced_targets(self.settings.synthesis_batch, self.like.num_classes, self.fabric.device)
-    return self.inverter.synthesise(targets, warm=adversarial), targets
+    return self.inverter.synthesize(targets, warm=adversarial), targets
 
 
 @patch

@@ -32,7 +32,7 @@ def untrained(channels, size, classes=3, name="wrn_10_1", seed=0):
 def pool(recipe, teacher, student, fabric, n=6, batches=2, warm=True, seed=0):
     targets = torch.arange(n) % len(teacher.spec.classes)
     with seeded(seed), Inverter(recipe, teacher, student, fabric, batch_size=n) as inverter:
-        return torch.cat([inverter.synthesise(targets, warm=warm) for _ in range(batches)]), inverter
+        return torch.cat([inverter.synthesize(targets, warm=warm) for _ in range(batches)]), inverter
 
 
 @pytest.mark.parametrize("channels, size", SHAPES)
@@ -47,7 +47,7 @@ def test_images_have_the_shape_and_range_that_were_asked_for(recipe, channels, s
 def test_a_teacher_without_batchnorm_is_inverted_by_what_is_left(recipe, name, fabric):
     teacher, seen = freeze(untrained(3, 32, name=name)), Seen()
     with Inverter(recipe, teacher, untrained(3, 32, seed=1), fabric, seen, batch_size=4) as inverter:
-        images = inverter.synthesise(torch.arange(4) % 3)
+        images = inverter.synthesize(torch.arange(4) % 3)
     assert torch.isfinite(images).all() and seen.updates == 2 and seen.features[0].grad.abs().sum() > 0
     left_out = {t.name for t in recipe.terms if t.watches}
     assert {note.split()[0] for note in inverter.notes} == left_out and not left_out & inverter.losses[0].keys()
@@ -58,7 +58,7 @@ def test_a_loss_that_is_no_number_is_named_with_what_to_lower(recipe, teacher, f
     broken = Term("broken", 2.0, lambda view: view.images.sum() * float("nan"))
     with Inverter(replace(recipe, terms=(*recipe.terms, broken)), teacher, teacher, fabric, batch_size=4) as inverter:
         with pytest.raises(FloatingPointError, match=f"the term 'broken' of {recipe.name} is nan: lower its weight"):
-            inverter.synthesise(torch.arange(4))
+            inverter.synthesize(torch.arange(4))
     assert hooks(teacher) == 0
 
 
@@ -95,13 +95,13 @@ def test_a_saved_state_goes_on_with_the_same_images(recipe, teacher, fabric, tmp
         Inverter(recipe, teacher, student, fabric, batch_size=6) as one,
         Inverter(recipe, teacher, student, fabric, batch_size=6) as two,
     ):
-        one.synthesise(targets, warm=True)
+        one.synthesize(targets, warm=True)
         torch.save(one.state_dict(), tmp_path / "state")
         two.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
         with seeded(1):
-            wanted = one.synthesise(targets, warm=True)
+            wanted = one.synthesize(targets, warm=True)
         with seeded(1):
-            assert torch.equal(two.synthesise(targets, warm=True), wanted)
+            assert torch.equal(two.synthesize(targets, warm=True), wanted)
 
 
 def milder(teacher, share):
@@ -150,6 +150,6 @@ class Seen:
 def test_an_alignment_joins_every_method(recipe, teacher, fabric):
     seen = Seen()
     with Inverter(recipe, teacher, untrained(1, 16, classes=10), fabric, seen, batch_size=6) as inverter:
-        inverter.synthesise(torch.arange(6), warm=False)
+        inverter.synthesize(torch.arange(6), warm=False)
     assert seen.updates == len(seen.features) == 2
     assert all(f.grad is not None and f.grad.abs().sum() > 0 for f in seen.features)
