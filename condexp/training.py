@@ -136,35 +136,6 @@ class Stream:
         "Go on from a state that `state_dict` gave."
         self.state = dict(state)
 
-# %% ../nbs/03_training.ipynb #cell-4a0f13
-class Stream:
-    "A named random stream: inside `with stream:`, torch and NumPy draw from it, and it goes on where it stopped."
-
-    def __init__(self, seed: int, name: str):
-        self.name, self.outside = name, None
-        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-        with seeded(int.from_bytes(digest[:4], "big")):
-            self.state = rng_state()
-
-    def __enter__(self) -> "Stream":
-        if self.outside is not None:
-            raise RuntimeError(f"the random stream {self.name!r} is entered twice")
-        self.outside = rng_state()
-        set_rng_state(self.state)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.state, outside, self.outside = rng_state(), self.outside, None
-        set_rng_state(outside)
-
-    def state_dict(self) -> dict:
-        "Where the stream stands, as tensors and plain values."
-        return dict(self.state)
-
-    def load_state_dict(self, state: dict) -> None:
-        "Go on from a state that `state_dict` gave."
-        self.state = dict(state)
-
 # %% ../nbs/03_training.ipynb #cell-14
 @dataclass(frozen=True)
 class Schedule:
@@ -286,24 +257,6 @@ def resume(checkpoint: Checkpoint, parts: dict[str, Any]) -> dict:
     set_rng_state(state["rng"])
     return state
 
-# %% ../nbs/03_training.ipynb #cell-20b4d8
-def snapshot(
-    parts: dict[str, Any],  # by name: whatever has `state_dict` and `load_state_dict`
-    **values,  # tensors and plain values to keep beside them
-) -> dict:
-    "What a checkpoint keeps: the states of the parts, the values, and where the global random numbers stand."
-    return {name: part.state_dict() for name, part in parts.items()} | values | {"rng": rng_state()}
-
-
-def resume(checkpoint: Checkpoint, parts: dict[str, Any]) -> dict:
-    "Put the parts and the random numbers back where the snapshot was taken, and return it; {} if there is none."
-    if (state := checkpoint.load()) is None:
-        return {}
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    set_rng_state(state["rng"])
-    return state
-
 # %% ../nbs/03_training.ipynb #cell-26
 def fit(
     model: Classifier,  # trained in place, and left on Fabric's device
@@ -318,7 +271,7 @@ def fit(
     images = on_device(images, fabric)
     optimizer, scheduler = onecycle(model.to(fabric.device, memory_format=torch.channels_last), schedule)
     network, optimizer = fabric.setup(model, optimizer)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": fabric._precision}
     history = resume(checkpoint, parts).get("history", [])
 
     def step(index: Tensor) -> tuple[Tensor, Tensor]:
