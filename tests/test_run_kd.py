@@ -11,7 +11,7 @@ from condexp.data import ImageSet
 from condexp.models import load_classifier
 from condexp.training import accuracy
 
-TINY = {"student": "wrn_10_1", "ipc": 1, "condenser": "random", "epochs": 4, "steps": 3, "batch_size": 32}
+TINY = {"dataset": "digits", "student": "wrn_10_1", "ipc": 1, "condenser": "random", "epochs": 4, "steps": 3, "batch_size": 32}
 
 
 def record(folder):
@@ -19,7 +19,7 @@ def record(folder):
     return json.loads(path.read_text())
 
 
-def arms(cache):
+def files(cache):
     return {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")}
 
 
@@ -61,23 +61,23 @@ def test_what_was_made_is_in_the_output_folder_to_go_on_with(finished, digits, f
 
 
 def test_run_again_it_loads_everything(finished, tmp_path, teacher_file):
-    before = arms(finished.cache)
+    before = files(finished.cache)
     again = Papermill(tmp_path, finished.cache)
     assert again("run_kd", **TINY, teacher=teacher_file, arms="mixed,expanded").returncode == 0
     assert record(tmp_path)["accuracy"] == record(finished.folder)["accuracy"]
-    assert arms(finished.cache) == before
+    assert files(finished.cache) == before
 
 
 def test_alignments_are_compared_with_no_guidance_in_one_record(finished, tmp_path, teacher_file):
     papermill = Papermill(tmp_path, finished.cache)
-    out = papermill("run_alignment", **TINY, teacher=teacher_file, alignments="conditional,mmd:0.5", evaluate="minival")
+    out = papermill("run_alignment", **TINY, teacher=teacher_file, alignments="conditional_few,mmd", evaluate="validation")
     assert out.returncode == 0, out.stdout
     (path,) = tmp_path.glob("records/run_alignment-*.json")
     r = json.loads(path.read_text())
     assert (
-        list(r["accuracy"]) == ["condensed", "mixed", "conditional", "mmd:0.5"] and r["config"]["evaluate"] == "minival"
+        list(r["accuracy"]) == ["condensed", "mixed", "conditional_few", "mmd"] and r["config"]["evaluate"] == "validation"
     )
-    assert "d_real" in r["histories"]["conditional"][-1] and "d_real" not in r["histories"]["mmd:0.5"][-1]
+    assert "d_real" in r["histories"]["conditional_few"][-1] and "d_real" not in r["histories"]["mmd"][-1]
 
 
 def kill_with_children(process):
@@ -97,9 +97,9 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_numbers(finished, tmp_path,
     papermill = Papermill(tmp_path, tmp_path / "cache")
     asked = {**TINY, "teacher": teacher_file, "arms": "expanded"}
     process = papermill.start("run_kd", **asked)
-    wait_for(lambda: list(papermill.cache.glob("arm/*.checkpoint")), process)
+    wait_for(lambda: list(papermill.cache.glob("method/*.checkpoint")), process)
     kill_with_children(process)
-    assert list(papermill.cache.glob("arm/*.checkpoint")) and not list(tmp_path.rglob("*.json"))
+    assert list(papermill.cache.glob("method/*.checkpoint")) and not list(tmp_path.rglob("*.json"))
 
     assert papermill("run_kd", **asked).returncode == 0
     resumed, whole = record(tmp_path), record(finished.folder)
