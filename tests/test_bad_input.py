@@ -48,8 +48,8 @@ def begin(notebook, **given):
 
 
 def entries():
-    "The cache, less decoded images."
-    return {p for p in cache_dir().rglob("*") if p.is_file() and "images" not in p.parts}
+    "The cache, less decoded images and locks."
+    return {p for p in cache_dir().rglob("*") if p.is_file() and not {"images", "locks"} & set(p.parts)}
 
 
 def refused(notebook, name, value, **others):
