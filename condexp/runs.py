@@ -33,8 +33,10 @@ from .inversion import named_inversion
 from .kd import METHODS, COMPARED, DIRECTIONS, LABELS, MethodResult, Distillation, teacher_set
 from .models import PENULTIMATE, Classifier, at_layer, check_model, load_classifier, make_classifier, save_classifier
 from .shaders import BACKENDS, gl_context
-from .surrogates import PARTS, RELATED, SAMPLINGS, SURROGATES, by_overlap, check_pixels, class_words, resolved_settings
-from .surrogates import overlap, own_settings, surrogate, is_synthetic
+from . import transfer
+from .sources import SOURCES
+from .transfer import PARTS, RELATED, by_overlap, check_content, check_sampling, class_words, is_synthetic
+from .transfer import overlap, read_settings, source_settings
 from .training import DEVICES, PRECISIONS, Schedule, accuracy, default_schedule, make_fabric, on_device, train_classifier
 
 # %% ../nbs/12_runs.ipynb #cell-05
@@ -270,11 +272,11 @@ class RunQuality(Run):
         known_set(self.surrogate)
         if not self.dataset and self.surrogate == "original":
             invalid("surrogate", "original", "dataset is empty: there are no original images")
-        check_int("images", self.images, 0 if self.surrogate not in SURROGATES else 1)
-        check_choice("sampling", self.sampling, SAMPLINGS)
+        check_int("images", self.images, 0 if self.surrogate not in SOURCES else 1)
+        object.__setattr__(self, "sampling", check_sampling(self.sampling))
         positive("budget", self.budget)
         check_choice("part", self.part, PARTS)
-        if self.part != "all" and (self.surrogate in (*SURROGATES, "original") or self.surrogate.endswith(".safetensors")):
+        if self.part != "all" and (self.surrogate in (*SOURCES, "original") or self.surrogate.endswith(".safetensors")):
             invalid("part", self.part, "only a data set's name or path has classes of its own to choose from")
         text("related", self.related, empty=True)
         if self.related and not Path(self.related).is_file():
@@ -287,7 +289,7 @@ class RunQuality(Run):
 # %% ../nbs/12_runs.ipynb #cell-29
 def known_set(value) -> None:
     "A refusal, unless `value` names a surrogate or a set, or is the path of one."
-    known = (*SURROGATES, "original")
+    known = (*SOURCES, "original")
     saved = text("surrogate", value).endswith(".safetensors")
     if not (value in known or known_dataset(value)) or (saved and not Path(value).is_file()):
         invalid("surrogate", value, f"it must be one of {', '.join(known)}, a data set's name or path, or a saved .safetensors set")
@@ -482,13 +484,13 @@ def method_sources(run: RunDistil, train: ImageSet, fabric: Fabric, arms: Sequen
 # %% ../nbs/12_runs.ipynb #cell-57
 def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
     "What a run's transfer set is made of: a surrogate's name, or real images, or those of a saved set; refused if unreadable."
-    if run.surrogate in SURROGATES:
-        resolved_settings(own_settings(run.surrogate, vars(run)))
+    if run.surrogate in SOURCES:
+        read_settings(source_settings(run.surrogate, vars(run)))
         return run.surrogate
     images = real_source(run, train)
     if images.size != train.size:
         invalid("surrogate", Path(run.surrogate).name, f"its size, {images.size}, must be that of dataset, {train.size}")
-    if run.images > len(check_pixels(images, "surrogate")):
+    if run.images > len(check_content(images, "surrogate")):
         invalid("images", run.images, f"{Path(run.surrogate).name} has {len(images)}; 0 takes them all")
     return images
 
@@ -541,7 +543,7 @@ def transfer_set(run: RunQuality, source: str | ImageSet, teacher: Classifier, f
     "The images that a run distils from or judges, of its `transfer_source`, as the teacher labels them."
     count = run.images or len(source)
     own = dict(programs=run.programs, backend=run.backend, shader_folder=run.shader_folder, photo=run.photo)
-    return surrogate(source, teacher, count, run.seed, fabric, run.sampling, float(run.budget), **own)
+    return transfer.transfer_set(source, teacher, count, run.seed, fabric, run.sampling, float(run.budget), **own)
 
 
 def set_name(run: RunQuality) -> str:
