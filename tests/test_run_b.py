@@ -51,7 +51,8 @@ def test_a_teacher_without_any_data_gets_a_student(papermill, teacher_file, digi
 def test_any_saved_set_can_be_judged(papermill, teacher_file, condensed, tmp_path):
     path = condensed.save(tmp_path / "few.safetensors")
     (tmp_path / "related.json").write_text("{}")
-    out = papermill("run_quality", dataset="digits", surrogate=str(path), images=0, teacher=teacher_file, related=str(tmp_path / "related.json"))
+    asked = {"dataset": "digits", "surrogate": path, "images": 0, "related": tmp_path / "related.json"}
+    out = papermill("run_quality", **asked, teacher=teacher_file)
     assert out.returncode == 0, out.stdout
     r = record(papermill.folder)
     assert str(tmp_path) not in json.dumps(r) and r["config"]["related"] == "related.json"
