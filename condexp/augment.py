@@ -35,7 +35,9 @@ def affine_maps(
     across = across * params.get("flip", one)
     move = params.get("centre", zero) + 2 / size * (params.get("shift", zero) * size).round()
     cos, sin = angle.cos(), angle.sin()
-    linear = torch.stack([torch.cat([cos * across, -sin * down], 1), torch.cat([sin * across, cos * down], 1)], dim=1)
+    linear = torch.stack(
+        [torch.cat([cos * across, -sin * down], 1), torch.cat([sin * across, cos * down], 1)], dim=1
+    )
     return torch.cat([linear, move.expand(-1, 2)[:, :, None]], dim=2)
 
 # %% ../nbs/01_augment.ipynb #cell-06
@@ -55,7 +57,9 @@ def shift_flip(
     "What `warp` gives for flips and shifts by whole pixels, without interpolation."
     n, c, h, w = x.shape
     zero = torch.zeros(1, 2, dtype=torch.long, device=x.device)
-    left, top = (params["shift"] * w).round().long().split(1, dim=1) if "shift" in params else zero.split(1, dim=1)
+    left, top = (
+        (params["shift"] * w).round().long().split(1, dim=1) if "shift" in params else zero.split(1, dim=1)
+    )
     along = torch.arange(w, device=x.device)
     columns = along if "flip" not in params else torch.where(params["flip"] < 0, w - 1 - along, along)
     columns, rows = columns + left, along + top
@@ -100,8 +104,16 @@ FAMILIES = {  # what `single` chooses among
     "rotate": ("rotate",),
 }
 NEUTRAL = {  # what changes nothing
-    "brightness": 0, "saturation": 1, "contrast": 1, "shift": 0, "side": 1, "centre": 0, "cutout": 9, "flip": 1,
-    "scale": 1, "rotate": 0,
+    "brightness": 0,
+    "saturation": 1,
+    "contrast": 1,
+    "shift": 0,
+    "side": 1,
+    "centre": 0,
+    "cutout": 9,
+    "flip": 1,
+    "scale": 1,
+    "rotate": 0,
 }
 
 # %% ../nbs/01_augment.ipynb #cell-16
@@ -147,7 +159,7 @@ class Augment:
         return one_family_each(params, u[:, 14:]) if self.single and params else params
 
     def apply(self, x: Float[Tensor, "n c h w"], params: Params) -> Float[Tensor, "n c h w"]:
-        "`x` transformed by what `draw` gave: colour, then geometry, then cutout; in the memory format it came in."
+        "`x` transformed by what `draw` gave: colour, geometry, cutout; in the memory format it came in."
         y = recolour(x, params)
         geometry = {name: p for name, p in params.items() if name in GEOMETRY}
         if geometry.keys() & {"rotate", "scale", "side"}:
@@ -198,13 +210,24 @@ def standard(images: ImageSet) -> Augment:
 def siamese(images: ImageSet) -> Augment:
     "The policy of DSA (Zhao & Bilen 2021): one of colour, crop, cutout, flip, scale, rotate, each time."
     brightness = 0.5 * sum(images.std) / images.channels
-    return Augment(shift=0.125, flip=flippable(images), rotate=15, scale=1.2, brightness=brightness, saturation=1,
-                   contrast=0.5, cutout=0.5, single=True)
+    return Augment(
+        shift=0.125,
+        flip=flippable(images),
+        rotate=15,
+        scale=1.2,
+        brightness=brightness,
+        saturation=1,
+        contrast=0.5,
+        cutout=0.5,
+        single=True,
+    )
 
 # %% ../nbs/01_augment.ipynb #cell-37
 def extreme(images: ImageSet) -> Augment:
     "Crops of down to a tenth of the image, turned, recoloured, with a hole: hardly the same picture."
-    return Augment(flip=flippable(images), rotate=30, crop=0.1, brightness=0.3, saturation=1, contrast=0.5, cutout=0.4)
+    return Augment(
+        flip=flippable(images), rotate=30, crop=0.1, brightness=0.3, saturation=1, contrast=0.5, cutout=0.4
+    )
 
 
 def identity(images: ImageSet) -> Augment:

@@ -32,15 +32,21 @@ from .models import Classifier, load_classifier, make_classifier, save_classifie
 
 # %% ../nbs/03_training.ipynb #cell-05
 DEVICES = ("auto", "cpu", "cuda")
-PRECISIONS = {"auto": None, "32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}  # ours -> Fabric's
+PRECISIONS = {
+    "auto": None,
+    "32": "32-true",
+    "tf32": "32-true",
+    "bf16": "bf16-mixed",
+    "fp16": "16-mixed",
+}  # ours -> Fabric's
 CUDA_ONLY = ("tf32", "fp16")
 
-
+# %% ../nbs/03_training.ipynb #cell-8421e9
 def bf16_on_cpu() -> bool:
     "Whether this CPU has instructions for bfloat16 (AVX512-BF16 or AMX)."
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
-
+# %% ../nbs/03_training.ipynb #cell-70a809
 def automatic_precision(cuda: bool) -> str:  # one of PRECISIONS
     "The fastest precision that trains as well as single precision, on a GPU or on this CPU."
     if cuda:
@@ -52,7 +58,7 @@ def make_fabric(
     device: str = "auto",  # one of DEVICES
     precision: str = "auto",  # one of PRECISIONS
 ) -> Fabric:
-    "Where everything runs and in which precision; refuses what is not there. Sets TF32 and cuDNN's search for the process."
+    "Where everything runs and how precisely; refuses what is not there. Sets TF32 and cuDNN's search."
     check_choice("device", device, DEVICES)
     check_choice("precision", precision, PRECISIONS)
     there = torch.cuda.is_available()
@@ -67,7 +73,7 @@ def make_fabric(
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     return Fabric(accelerator="cuda" if cuda else "cpu", devices=1, precision=PRECISIONS[precision])
 
-
+# %% ../nbs/03_training.ipynb #cell-ac377c
 def precision_of(fabric: Fabric) -> str:  # "32-true", "tf32", "bf16-mixed" or "16-mixed"
     "What a fabric computes in, by Fabric's name where it has one."
     name = str(fabric._precision.precision)
@@ -84,9 +90,13 @@ def rng_state() -> dict:
     "The global random states of torch and NumPy, as tensors and plain values for a checkpoint."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     kind, key, *rest = np.random.get_state()
-    return {"cpu": torch.get_rng_state(), "cuda": cuda, "numpy": [kind, torch.from_numpy(key.astype(np.int64)), *rest]}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": [kind, torch.from_numpy(key.astype(np.int64)), *rest],
+    }
 
-
+# %% ../nbs/03_training.ipynb #cell-6018aa
 def set_rng_state(state: dict) -> None:
     "Continue with the random numbers that come after `rng_state()` was called."
     torch.set_rng_state(state["cpu"])
@@ -109,7 +119,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 # %% ../nbs/03_training.ipynb #cell-d5ff20
 class Stream:
-    "A named random stream: inside `with stream:`, torch and NumPy draw from it, and it goes on where it stopped."
+    "A named random stream: inside `with stream:`, torch and NumPy draw from it; it goes on where it stopped."
 
     def __init__(self, seed: int, name: str):
         self.name, self.outside = name, None
@@ -161,15 +171,15 @@ class Schedule:
 
 # %% ../nbs/03_training.ipynb #cell-15
 def default_schedule(images: ImageSet) -> Schedule:
-    "A teacher's schedule: about 17 optimizer steps times the square root of the number of images, a third if grey."
+    "A teacher's schedule: about 17 steps times the square root of the number of images, a third if grey."
     batch_size = 128 if len(images) >= 10_000 else 64
     steps = max(1, len(images) // batch_size)
     total = 17 * math.sqrt(len(images)) * images.channels / 3
     return Schedule(math.ceil(total / steps), steps, batch_size)
 
-
+# %% ../nbs/03_training.ipynb #cell-786856
 def onecycle(model: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optimizer, OneCycleLR]:
-    "The optimizer and its learning rates, to be advanced after every step; AdamW at lr / 100 where there are LayerNorms."
+    "The optimizer and its learning rates, one for every step; AdamW at lr / 100 where there are LayerNorms."
     if any(isinstance(m, nn.LayerNorm) for m in model.modules()):
         peak = schedule.lr / 100
         optimizer = torch.optim.AdamW(model.parameters(), peak, weight_decay=0.05, fused=True)
@@ -181,7 +191,9 @@ def onecycle(model: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optimize
 
 # %% ../nbs/03_training.ipynb #cell-18
 @torch.no_grad()
-def _batches(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(
+    model: Classifier, images: ImageSet, fabric: Fabric, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
     "(features, logits) on the device, batch by batch."
     was_training = model.training
     model.to(fabric.device).eval()
@@ -205,7 +217,7 @@ def predict(
     features, logits = zip(*_batches(model, images, fabric, batch_size), strict=True)
     return torch.cat(features).float().cpu(), torch.cat(logits).float().cpu()
 
-
+# %% ../nbs/03_training.ipynb #cell-936398
 def accuracy(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: int = 512) -> float:
     "Percent of the images whose class is the model's first choice."
     chosen = torch.cat([logits.argmax(1) for _, logits in _batches(model, images, fabric, batch_size)])
@@ -213,7 +225,7 @@ def accuracy(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: in
 
 # %% ../nbs/03_training.ipynb #cell-22
 def epoch_order(n: int, schedule: Schedule, device: torch.device) -> Int[Tensor, "steps batch"]:
-    "Which of `n` images each batch of an epoch holds: as many random permutations, one after another, as are needed."
+    "Which of `n` images each batch of an epoch holds: as many random permutations, in a row, as are needed."
     wanted = schedule.steps * schedule.batch_size
     order = torch.rand(math.ceil(wanted / n), n, device=device).argsort(1)
     return order.flatten()[:wanted].view(schedule.steps, schedule.batch_size)
@@ -225,7 +237,7 @@ def check_finite(loss: float, what: str, advice: str) -> float:
         raise FloatingPointError(f"{what} diverged (its loss is not a number): try {advice}")
     return loss
 
-
+# %% ../nbs/03_training.ipynb #cell-388a42
 def fit_epoch(
     step: Callable[[Tensor], tuple[Tensor, Tensor]],  # takes the batch of these indices: loss, share right
     order: Int[Tensor, "steps batch"],
@@ -247,9 +259,9 @@ def snapshot(
     "What a checkpoint keeps: the states of the parts, the values, and where the global random numbers stand."
     return {name: part.state_dict() for name, part in parts.items()} | values | {"rng": rng_state()}
 
-
+# %% ../nbs/03_training.ipynb #cell-207fc7
 def resume(checkpoint: Checkpoint, parts: dict[str, Any]) -> dict:
-    "Put the parts and the random numbers back where the snapshot was taken, and return it; {} if there is none."
+    "Put parts and random numbers back where the snapshot was taken, and return it; {} if there is none."
     if (state := checkpoint.load()) is None:
         return {}
     for name, part in parts.items():
@@ -267,7 +279,7 @@ def fit(
     checkpoint: Checkpoint = Checkpoint(),  # noqa: B008 (keeps nothing, holds no state)
     test: ImageSet | None = None,  # reported after each epoch, never used
 ) -> list[dict]:  # an epoch: loss, accuracy and test accuracy (percent), seconds
-    "Train by SGD with one learning-rate cycle; continues from the checkpoint to the numbers of an uninterrupted run."
+    "Train with one learning-rate cycle; continues from the checkpoint to an uninterrupted run's numbers."
     images = on_device(images, fabric)
     optimizer, scheduler = onecycle(model.to(fabric.device, memory_format=torch.channels_last), schedule)
     network, optimizer = fabric.setup(model, optimizer)
@@ -293,7 +305,11 @@ def fit(
             if test is not None:
                 entry["test_accuracy"] = accuracy(model, test, fabric)
             history.append(entry | {"epoch": epoch + 1, "seconds": time.perf_counter() - began})
-            told = {"training accuracy": entry["accuracy"]} if test is None else {"accuracy": entry["test_accuracy"]}
+            told = (
+                {"training accuracy": entry["accuracy"]}
+                if test is None
+                else {"accuracy": entry["test_accuracy"]}
+            )
             bar.set_postfix_str(", ".join(f"{name} {value:.1f} %" for name, value in told.items()))
             checkpoint.save(snapshot(parts, history=history))
     return history
@@ -303,7 +319,7 @@ def fixed_indices(count: int, n: int) -> Int[Tensor, " m"]:
     "Which `n` of `count` things, or all if there are fewer: drawn once and for all, in order."
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:n].sort().values
 
-
+# %% ../nbs/03_training.ipynb #cell-b0bf19
 def fixed_subset(images: ImageSet, n: int = 1000) -> ImageSet:
     "`n` images of the set, or all if it has fewer, drawn once and for all: enough to draw a curve."
     return images.subset(fixed_indices(len(images), n))
@@ -325,7 +341,9 @@ def train_classifier(
     def compute(checkpoint: Checkpoint) -> tuple[Classifier, dict]:
         with seeded(seed):
             model = make_classifier(name, splits.train)
-            history = fit(model, splits.train, schedule, augment, fabric, checkpoint, fixed_subset(splits.test))
+            history = fit(
+                model, splits.train, schedule, augment, fabric, checkpoint, fixed_subset(splits.test)
+            )
         meta = {"accuracy": accuracy(model, splits.test, fabric), "history": history, "config": config}
         return model, meta | {"seconds": sum(h["seconds"] for h in history)}
 

@@ -245,12 +245,12 @@ def test_another_layer_can_be_aligned(sources, teacher, digits, fabric):
 
 
 def test_half_precision_on_a_cpu_teaches_as_well(sources, teacher, digits, budget, fabric):
-    settings = replace(budget, epochs=2)
+    settings = replace(budget, epochs=2, steps=30)
     single, half = (
         distil("full", teacher, "wrn_10_1", sources, digits, settings, 0, f)
         for f in (fabric, make_fabric("cpu", "bf16"))
     )
-    assert fingerprint(single.student) != fingerprint(half.student) and abs(single.accuracy - half.accuracy) < 5
+    assert fingerprint(single.student) != fingerprint(half.student) and abs(single.accuracy - half.accuracy) < 10
 
 
 def test_float_images_are_kept_as_a_picture_file_would(digits):

@@ -1,12 +1,25 @@
 """A classifier is trained once; killed and started again it comes out the same."""
 
+import numpy as np
 import pytest
 import torch
 
+from condexp import training
 from condexp.augment import standard
 from condexp.cache import Checkpoint
 from condexp.models import fingerprint, load_classifier, make_classifier, save_classifier
-from condexp.training import Schedule, accuracy, fit, make_fabric, seeded, train_classifier
+from condexp.training import (
+    Schedule,
+    Stream,
+    accuracy,
+    fit,
+    make_fabric,
+    precision_of,
+    resume,
+    seeded,
+    snapshot,
+    train_classifier,
+)
 
 SCHEDULE = Schedule(epochs=4, steps=6, batch_size=32)
 
@@ -68,6 +81,76 @@ def test_training_reads_no_test_image(digits, fabric):
 def test_cuda_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match="^device is 'cuda', but"):
         make_fabric("cuda")
+
+
+@pytest.mark.parametrize("native, chosen", [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_cpu_computes_in_half_precision_where_it_has_the_instructions(native, chosen, monkeypatch):
+    monkeypatch.setattr(training, "bf16_on_cpu", lambda: native)
+    assert precision_of(make_fabric("cpu")) == chosen and precision_of(make_fabric("cpu", "32")) == "32-true"
+
+
+@pytest.mark.parametrize("native, chosen", [(True, "bf16"), (False, "fp16")])
+def test_a_gpu_computes_in_the_half_precision_that_it_has(native, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: native)
+    assert training.automatic_precision(cuda=True) == chosen
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+def test_what_only_a_gpu_computes_in_is_refused_on_a_cpu(precision):
+    with pytest.raises(ValueError, match=f"^precision is '{precision}', but only a CUDA device"):
+        make_fabric("cpu", precision)
+
+
+def draw():
+    "Of both global random states."
+    return [*torch.rand(2).tolist(), np.random.rand()]
+
+
+def test_a_stream_goes_on_where_it_was_whatever_others_draw():
+    alone, disturbed, other = Stream(0, "student"), Stream(0, "student"), Stream(0, "discriminator")
+    with alone:
+        wanted = draw() + draw()
+    with disturbed:
+        got = draw()
+    with other, seeded(4):
+        draw()
+    draw()
+    with disturbed:
+        got += draw()
+    assert got == wanted
+
+
+def test_a_stream_is_told_by_its_seed_and_by_its_name():
+    numbers = []
+    for seed, name in ((0, "student"), (1, "student"), (0, "weights")):
+        with Stream(seed, name):
+            numbers.append(tuple(draw()))
+    assert len(set(numbers)) == 3
+
+
+def test_a_stream_leaves_the_outer_random_numbers_alone_even_after_an_error():
+    with seeded(0):
+        wanted = draw()
+    with seeded(0):
+        with pytest.raises(KeyError), Stream(0, "student"):
+            draw()
+            raise KeyError
+        assert draw() == wanted
+
+
+def test_what_a_snapshot_kept_is_put_back(tmp_path):
+    parts, checkpoint = {"layer": torch.nn.Linear(2, 2), "stream": Stream(0, "a")}, Checkpoint(tmp_path / "state")
+    assert resume(checkpoint, parts) == {}
+    with parts["stream"]:
+        draw()
+    checkpoint.save(snapshot(parts, history=[1, 2]))
+    wanted = draw()
+    with parts["stream"]:
+        after = draw()
+    other = {"layer": torch.nn.Linear(2, 2), "stream": Stream(1, "b")}
+    assert resume(checkpoint, other)["history"] == [1, 2] and draw() == wanted
+    with other["stream"]:
+        assert draw() == after and torch.equal(other["layer"].weight, parts["layer"].weight)
 
 
 def test_seeded_leaves_the_outer_random_numbers_alone():
