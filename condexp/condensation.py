@@ -9,10 +9,10 @@ __all__ = ['CONDENSERS', 'CHECKPOINT_INTERVAL', 'EVALUATION', 'EVALUATION_NETWOR
            'Normalisation', 'LearnedImages', 'first_images', 'optimise', 'resume_condensation', 'DM',
            'DistributionMatching', 'gradient_distance', 'gradients', 'sgd_step', 'DSA', 'GradientMatching', 'Whitening',
            'MTT', 'whitened_network', 'train_expert', 'train_experts', 'expert_trajectories', 'TrajectoryMatching',
-           'train_from_scratch', 'check_condenser', 'default_iterations', 'condense', 'provenance', 'find_pair',
-           'describe_content', 'load_torch', 'read_published', 'nearest_statistics', 'published_statistics',
-           'share_in_unit_range', 'detect_normalisation', 'denormalise', 'numbered_classes', 'label_agreement',
-           'check_class_order', 'published_labels', 'published_set', 'load_condensed', 'soft_labels']
+           'train_from_scratch', 'check_condenser', 'default_iterations', 'make_condensed', 'condense', 'provenance',
+           'find_pair', 'describe_content', 'load_torch', 'read_published', 'nearest_statistics',
+           'published_statistics', 'share_in_unit_range', 'detect_normalisation', 'denormalise', 'numbered_classes',
+           'label_agreement', 'check_class_order', 'published_labels', 'published_set', 'load_condensed', 'soft_labels']
 
 # %% ../nbs/04_condensation.ipynb #cell-02
 import re
@@ -631,6 +631,24 @@ def default_iterations(condenser: Condenser, train: ImageSet, ipc: int) -> int:
     return condenser.iterations[len(train) > 5000] * (2 if ipc >= 50 else 1)
 
 # %% ../nbs/04_condensation.ipynb #cell-73
+def make_condensed(
+    condenser: Condenser,
+    train: ImageSet,
+    ipc: int,
+    seed: int,
+    iterations: int,
+    fabric: Fabric,
+    checkpoint: Checkpoint,
+) -> ImageSet:
+    "What `condenser` makes, with history, seconds (without experts from the cache) and what else was learned."
+    with seeded(seed):
+        task = CondensationTask(on_device(train, fabric), ipc, seed, iterations, fabric, checkpoint)
+        made, history = condenser.make(task)
+    seconds = round(time.perf_counter() - task.started[0], 2)
+    notes = {"history": history, "seconds": seconds, "learned": made.provenance.get("learned", {})}
+    return replace(made, labels=made.hard_labels, provenance=notes)
+
+# %% ../nbs/04_condensation.ipynb #condense
 def condense(
     name: str,  # of CONDENSERS
     train: ImageSet,
@@ -644,19 +662,11 @@ def condense(
     steps = 0 if condenser.coreset else iterations or default_iterations(condenser, train, ipc)
     settings = {"ipc": ipc, "iterations": steps, **asdict(condenser)}
     settings |= {"precision": precision_of(fabric)} if condenser.mixed_precision else {}
-    config = {"condenser": name, "seed": seed, "source": train.fingerprint, **settings}
-
-    def compute(checkpoint: Checkpoint) -> ImageSet:
-        with seeded(seed):
-            task = CondensationTask(on_device(train, fabric), ipc, seed, steps, fabric, checkpoint)
-            made, history = condenser.make(task)
-        seconds = time.perf_counter() - task.started[0]  # without MTT's experts where they were there
-        notes = provenance(name, settings, seed, train) | {"history": history, "seconds": round(seconds, 2)}
-        notes["learned"] = made.provenance.get("learned", {})
-        return replace(made, labels=made.hard_labels, provenance=notes)
-
-    made = cached("condensed", config, compute, lambda path, made: made.save(path), ImageSet.load)
-    return on_device(made, fabric)
+    config = {"condenser": condenser, "seed": seed, "source": train.fingerprint, **settings}
+    compute = partial(make_condensed, condenser, train, ipc, seed, steps, fabric)
+    notes = provenance(name, settings, seed, train)
+    save = lambda path, made: replace(made, provenance=notes | made.provenance).save(path)
+    return on_device(cached("condensed", config, compute, save, ImageSet.load), fabric)
 
 # %% ../nbs/04_condensation.ipynb #cell-74
 def provenance(name: str, settings: dict, seed: int, train: ImageSet) -> dict:
@@ -814,9 +824,10 @@ def check_class_order(name: str, condensed: ImageSet, train: ImageSet) -> dict[s
     agreement, real = label_agreement(condensed, train)
     chance = 100 / train.num_classes
     if agreement < (chance + real) / 2:
-        found = f"a classifier of real images ({real:.0f} % right) agrees with {agreement:.0f} % of its labels"
+        found = f"a classifier of real images, right for {real:.0f} %, agrees with {agreement:.0f} %"
         order = ", ".join(train.classes[:4]) + (", ..." if train.num_classes > 4 else "")
-        warnings.warn(f"{name}: {found}; are its classes numbered in the order {order}?", stacklevel=2)
+        question = f"are its classes numbered in the order {order}?"
+        warnings.warn(f"{name}: {found} of its labels; {question}", stacklevel=2)
     return {"published": agreement, "real": real, "chance": chance}
 
 # %% ../nbs/04_condensation.ipynb #cell-84
@@ -827,8 +838,6 @@ def published_labels(name: str, labels: Tensor, train: ImageSet) -> Tensor:
         invalid("condenser", name, f"its labels must be those of dataset's {k} classes")
     if not soft:
         return torch.tensor(order)[labels.long()]
-    if labels.min() < 0 or (labels.sum(1) - 1).abs().max() > 0.01:
-        invalid("condenser", name, "its soft labels must be probabilities: rows that add up to 1")
     return torch.empty_like(labels.float()).index_copy_(1, torch.tensor(order), labels.float())
 
 
@@ -843,7 +852,10 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     images, how = denormalise(images, train, normalisation)
     notes = {"method": "published", "file": path.name, "normalisation": how}
-    condensed = replace(train, images=images, labels=labels, provenance=notes)
+    try:
+        condensed = replace(train, images=images, labels=labels, provenance=notes)
+    except ValueError as error:
+        invalid("condenser", path.name, f"it holds no set that can be used: its {error}")
     notes["label agreement"] = check_class_order(path.name, condensed, train)
     return condensed
 

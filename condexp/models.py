@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Body', 'SMALL_MODELS', 'default_cfgs', 'PENULTIMATE', 'TORCH_SUFFIXES', 'kaiming', 'SmallNet', 'register_small',
            'WideBlock', 'wide_body', 'residual_body', 'vgg_body', 'convnet_body', 'register_mobilenet', 'register_timm',
-           'plane_body', 'check_statistics', 'ModelSpec', 'create_backbone', 'capture_activations', 'Classifier',
-           'make_classifier', 'from_spec', 'freeze', 'AtLayer', 'at_layer', 'model_names', 'accepts_input',
-           'smallest_accepted_size', 'how_to_bring', 'check_model', 'weights_of', 'check_weights', 'save_classifier',
-           'is_torch_file', 'read_spec', 'load_classifier', 'fingerprint', 'Generator']
+           'plane_body', 'ModelSpec', 'create_backbone', 'capture_activations', 'Classifier', 'make_classifier',
+           'from_spec', 'freeze', 'AtLayer', 'at_layer', 'model_names', 'accepts_input', 'smallest_accepted_size',
+           'how_to_bring', 'check_model', 'weights_of', 'check_weights', 'save_classifier', 'is_torch_file',
+           'read_spec', 'load_classifier', 'fingerprint', 'Generator']
 
 # %% ../nbs/02_models.ipynb #cell-02
 import copy
@@ -31,7 +31,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from .cache import check_int, invalid, load_tensors, save_tensors
-from .data import ImageSet
+from .data import ImageSet, check_statistics
 
 # %% ../nbs/02_models.ipynb #cell-05
 Body = tuple[nn.Sequential, int]  # layers, and how many channels come out of them
@@ -233,20 +233,6 @@ def plane_body(channels: int) -> Body:
 
 
 register_small("plane_cifar", plane_body)
-
-# %% ../nbs/02_models.ipynb #check-statistics
-def check_statistics(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> None:
-    "Refuse a normalisation that is not one of images in [0, 1] with so many channels."
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            invalid(name, values, f"images of {channels} channels need {channels} values")
-        if max(values) > 1:
-            hint = "these look like values in [0, 255]: divide by 255"
-            invalid(name, values, f"it is of images in [0, 1]; {hint}")
-    if not min(mean) >= 0:
-        invalid("mean", mean, "it is of images in [0, 1], and must lie there")
-    if not min(std) > 0:
-        invalid("std", std, "what pixels are divided by must be above 0")
 
 # %% ../nbs/02_models.ipynb #cell-26
 @dataclass(frozen=True)
