@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Value', 'TYPES', 'Program', 'OPS', 'HELPERS', 'PLACES', 'PATTERNS', 'SHAPES', 'FRAMES', 'FRAGMENT', 'VERTEX',
            'BACKENDS', 'UNIFORMS', 'TOY', 'GEEKEST', 'Op', 'Statement', 'places', 'smooth', 'fract', 'rotated',
-           'radius', 'folded', 'swirled', 'logpolar', 'mixed', 'cosine_palette', 'mixed_bits', 'at_random', 'noise',
-           'clouds', 'cells', 'orbit', 'warped', 'polygon', 'star', 'box', 'to_glsl', 'evaluate', 'Writer',
-           'write_place', 'write_pattern', 'write_finish', 'write_mask', 'write_colour', 'write_colouring',
-           'write_fill', 'write_program', 'gl_context', 'gl_program', 'draw', 'render', 'worth_keeping', 'Source',
+           'radius', 'folded', 'swirled', 'logpolar', 'mixed', 'cosine_palette', 'mixed_bits', 'at_random',
+           'value_noise', 'clouds', 'cells', 'orbit', 'warped', 'polygon', 'star', 'box', 'to_glsl', 'evaluate',
+           'Writer', 'write_place', 'write_pattern', 'write_finish', 'write_mask', 'write_colour', 'write_colouring',
+           'write_fill', 'write_program', 'gl_context', 'gl_program', 'draw', 'render', 'worth_keeping', 'ShaderSource',
            'bracketed', 'completed', 'read_programs', 'render_source', 'failures']
 
 # %% ../nbs/08_shaders.ipynb #cell-02
@@ -175,7 +175,7 @@ def at_random(x: Tensor, y: Tensor, seed: float) -> Tensor:
     return (mixed_bits((x + inner) & 0xFFFFFFFF) >> 8).float() / 2**24
 
 # %% ../nbs/08_shaders.ipynb #cell-22
-def noise(p, seed) -> Tensor:
+def value_noise(p, seed) -> Tensor:
     "Value noise: random numbers at whole places, smoothly between them."
     (x, y), (i, j) = p, (p[0].floor(), p[1].floor())
     u, v = (f * f * (3 - 2 * f) for f in (x - i, y - j))
@@ -188,7 +188,7 @@ def clouds(p, seed) -> Tensor:
     "Four octaves of noise, each turned and twice as fine."
     total, weight = 0.0, 0.5
     for octave in range(4):
-        total = total + weight * noise(p, seed + octave)
+        total = total + weight * value_noise(p, seed + octave)
         p, weight = (1.6 * p[0] - 1.2 * p[1] + 3.7, 1.2 * p[0] + 1.6 * p[1] + 3.7), weight / 2
     return total / 0.9375
 
@@ -218,7 +218,7 @@ def orbit(p, x, y) -> Tensor:
 # %% ../nbs/08_shaders.ipynb #cell-27
 def warped(p, amount, seed) -> tuple[Tensor, Tensor]:
     "A place moved by two noises."
-    return p[0] + amount * (noise(p, seed) - 0.5), p[1] + amount * (noise(p, seed + 1) - 0.5)
+    return p[0] + amount * (value_noise(p, seed) - 0.5), p[1] + amount * (value_noise(p, seed + 1) - 0.5)
 
 
 def polygon(p, n) -> Tensor:
@@ -239,7 +239,7 @@ def box(p, aspect) -> Tensor:
 
 # %% ../nbs/08_shaders.ipynb #cell-28
 OPS |= {
-    "noise": Op("f", "vf", "noise({0}, {1})", noise),
+    "noise": Op("f", "vf", "noise({0}, {1})", value_noise),
     "clouds": Op("f", "vf", "clouds({0}, {1})", clouds),
     "cell": Op("f", "vf", "cells({0}, {1}).x", lambda p, s: cells(p, s)[0]),
     "mosaic": Op("f", "vf", "cells({0}, {1}).y", lambda p, s: cells(p, s)[1]),
@@ -636,7 +636,7 @@ mat3 rotate3D(float a, vec3 axis) {
 
 # %% ../nbs/08_shaders.ipynb #cell-69
 @dataclass(frozen=True)
-class Source:
+class ShaderSource:
     "A program that somebody wrote, with what its dialect leaves out."
 
     name: str  # its file
@@ -704,7 +704,7 @@ def _shadertoy(path: Path) -> str | None:
     return completed(passes.get("common", "") + "\n" + passes.get("image", ""), "toy")
 
 # %% ../nbs/08_shaders.ipynb #cell-74
-def read_programs(folder: Path) -> list[Source]:
+def read_programs(folder: Path) -> list[ShaderSource]:
     "The programs below a folder, by name. `ValueError` if there are none."
     readers = {".fragment": _twigl, ".json": _shadertoy, ".glsl": _twigl, ".frag": _twigl}
     found = []
@@ -718,7 +718,7 @@ def read_programs(folder: Path) -> list[Source]:
                 f"#error it cannot be read ({type(error).__name__}: {error})"  # told like any other failure
             )
         if code:
-            found.append(Source(path.relative_to(folder).as_posix(), code))
+            found.append(ShaderSource(path.relative_to(folder).as_posix(), code))
     if not found:
         invalid(
             "shader_folder", str(folder), "it must hold .fragment, .frag, .glsl or Shadertoy's .json files"
@@ -726,7 +726,7 @@ def read_programs(folder: Path) -> list[Source]:
     return found
 
 # %% ../nbs/08_shaders.ipynb #cell-76
-def render_source(source: Source, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
+def render_source(source: ShaderSource, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by OpenGL. An error names file and line."
     try:
         program, triangle = gl_program(source.code)
@@ -765,14 +765,14 @@ def _try_programs(sources: list[tuple[str, str]], size: int, pipe) -> None:
     pipe.send("ready")
     for source in sources:
         try:
-            render_source(Source(*source), torch.tensor([1.0, 2.0]), size)
+            render_source(ShaderSource(*source), torch.tensor([1.0, 2.0]), size)
             pipe.send("")
         except Exception as error:
             pipe.send(" ".join(str(error).split()))
 
 
 def failures(
-    sources: list[Source],
+    sources: list[ShaderSource],
     size: int = 32,
     limit: float = 20.0,  # seconds for one program
 ) -> dict[str, str]:  # file -> what is wrong with it, with the line where there is one
