@@ -237,7 +237,7 @@ def test_inversion(name, teacher, student, images, targets):
 
     recipe, batch_size = inversion.inversion_recipe(name), 20
     if name == "pre_dfkd":  # it replays from the second batch on
-        synthesizer = partial(recipe.synthesizer, memory_steps=2, tuning=2)
+        synthesizer = partial(recipe.synthesizer, vae_steps=2, tuning=2)
         recipe, batch_size = replace(recipe, synthesizer=synthesizer), 10
 
     def invert(steps):
