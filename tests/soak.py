@@ -2,9 +2,9 @@
 
 python tests/soak.py reports/soak.md --kills 30
 
-Each trial runs a notebook by papermill with an empty cache, kills it with SIGKILL at a moment drawn evenly between the first
-sign of life in the cache and the end, as an undisturbed run had them, starts it again, and compares its record with the
-undisturbed one. Seconds and dates are not compared.
+Each trial runs a notebook by papermill from an empty cache, kills it with SIGKILL at a random moment after the first sign of
+life in the cache, starts it again, kills it again, ten times in a row, lets it end, and compares its record with that of an
+undisturbed run. Seconds and dates are not compared.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+IN_A_ROW = 10  # kills of one run before it may end
 SMALL = {"dataset": "digits", "size": 8, "student": "wrn_10_1", "epochs": 6, "steps": 8, "batch_size": 32}
 KD = SMALL | {"ipc": 1, "condenser": "random"}
 SET = {"dataset": "digits", "size": 8}
@@ -105,23 +106,21 @@ def undisturbed(name: str, notebook: str, parameters: dict, folder: Path) -> Sta
     return Stage(name, record=finish(process, folder), first=first, seconds=time.perf_counter() - began)
 
 
-def trial(stage: Stage, notebook: str, parameters: dict, folder: Path, moment: float) -> None:
-    "One kill at `moment` seconds, and the run that follows."
+def trial(stage: Stage, notebook: str, parameters: dict, folder: Path, moments: list[float]) -> None:
+    "Kills at these moments, in seconds after each start, and the run that follows."
     folder, cache = fresh(folder)
-    process = start(notebook, parameters, folder, cache)
-    try:
-        process.wait(timeout=moment)
-        stage.early += 1
-    except subprocess.TimeoutExpired:
-        kill(process)
-        stage.kills += 1
-        kinds = [
-            p for p in cache.rglob("*") if p.suffix in (".checkpoint", ".safetensors") and p.parent.name != "images"
-        ]
-        stage.resumed += bool(kinds)
+    for moment in moments:
+        process = start(notebook, parameters, folder, cache)
+        try:
+            process.wait(timeout=moment)
+            stage.early += 1
+        except subprocess.TimeoutExpired:
+            kill(process)
+            stage.kills += 1
+            stage.resumed += any(p.suffix in (".checkpoint", ".safetensors") and p.parent.name != "images" for p in cache.rglob("*"))
     record = finish(start(notebook, parameters, folder, cache), folder)
     if record != stage.record:
-        stage.different.append(f"after a kill at {moment:.1f} s: {difference(stage.record, record)}")
+        stage.different.append(f"after kills at {', '.join(f'{m:.1f}' for m in moments)} s: {difference(stage.record, record)}")
     stage.left += sum(p.suffix in (".tmp", ".checkpoint") for p in cache.rglob("*"))
 
 
@@ -146,8 +145,10 @@ def soak(names: list[str], kills: int, seed: int, work: Path) -> list[Stage]:
         began = time.perf_counter()
         stage = undisturbed(name, notebook, parameters, work / "run")
         stages.append(stage)
-        for _ in range(kills):
-            trial(stage, notebook, parameters, work / "run", rng.uniform(stage.first, stage.seconds))
+        last = stage.first + 2 * (stage.seconds - stage.first) / IN_A_ROW  # so that ten kills spread over a run
+        for done in range(0, kills, IN_A_ROW):
+            moments = [rng.uniform(stage.first, last) for _ in range(min(IN_A_ROW, kills - done))]
+            trial(stage, notebook, parameters, work / "run", moments)
             print(f"\r{name}: {stage.kills} kills, {len(stage.different)} different", end="", flush=True)
         print(f" ({time.perf_counter() - began:.0f} s)", flush=True)
     return stages
@@ -172,10 +173,10 @@ def report(stages: list[Stage], kills: int, seed: int) -> str:
     table = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1), *rows]
     text = f"""# Killed and started again
 
-`python tests/soak.py reports/soak.md --kills {kills} --seed {seed}` ran each stage once undisturbed, and then {kills} times
-with a SIGKILL at a random moment between the first file in the cache and the end, each time from an empty cache. After each
-kill the same command was given again, and its record compared with the undisturbed one; seconds and dates were left out.
-The notebooks: {names}. "Ended first" counts runs that were done before their moment came. "Files left" counts
+`python tests/soak.py reports/soak.md --kills {kills} --seed {seed}` ran each stage once undisturbed, and then killed it with
+SIGKILL at random moments after the first file was in the cache, {IN_A_ROW} times in a row, with the same command given again
+after each. Then it let the run end, and compared its record with the undisturbed one. Seconds and dates were left out. The
+notebooks: {names}. "Ended first" counts runs that were done before their moment came. "Files left" counts
 half-written files and checkpoints in the cache at the end.
 """
     differences = [f"* {s.name}, {d}" for s in stages for d in s.different]
