@@ -117,10 +117,12 @@ def trial(stage: Stage, notebook: str, parameters: dict, folder: Path, moments: 
         except subprocess.TimeoutExpired:
             kill(process)
             stage.kills += 1
-            stage.resumed += any(p.suffix in (".checkpoint", ".safetensors") and p.parent.name != "images" for p in cache.rglob("*"))
+            kept = [p for p in cache.rglob("*") if p.suffix in (".checkpoint", ".safetensors")]
+            stage.resumed += any(p.parent.name != "images" for p in kept)
     record = finish(start(notebook, parameters, folder, cache), folder)
     if record != stage.record:
-        stage.different.append(f"after kills at {', '.join(f'{m:.1f}' for m in moments)} s: {difference(stage.record, record)}")
+        when = ", ".join(f"{moment:.1f}" for moment in moments)
+        stage.different.append(f"after kills at {when} s: {difference(stage.record, record)}")
     stage.left += sum(p.suffix in (".tmp", ".checkpoint") for p in cache.rglob("*"))
 
 
