@@ -640,7 +640,7 @@ def make_condensed(
     fabric: Fabric,
     checkpoint: Checkpoint,
 ) -> ImageSet:
-    "What `condenser` makes, with history, seconds (without experts from the cache) and what else was learned."
+    "What `condenser` makes, with history, seconds (without cached experts) and what else was learned."
     with seeded(seed):
         task = CondensationTask(on_device(train, fabric), ipc, seed, iterations, fabric, checkpoint)
         made, history = condenser.make(task)
