@@ -46,7 +46,7 @@ def frechet_distance(
     a: Float[Tensor, "n d"],  # features of one set
     b: Float[Tensor, "m d"],  # and of the other
 ) -> float:  # in squared units of the features; 0 for equal mean and covariance
-    "Squared Fréchet distance of the Gaussians fitted to `a` and `b` (Heusel et al. 2017, eq. 6), in double precision."
+    "Squared Fréchet distance of the Gaussians fitted to `a` and `b` (Heusel et al. 2017, eq. 6)."
     a, b = a.double(), b.double()
     spread_a, spread_b = (torch.atleast_2d(x.T.cov(correction=0)) for x in (a, b))
     return _gaussian_distance(a.mean(0), spread_a, b.mean(0), spread_b)
@@ -83,9 +83,9 @@ def class_frechet(
     labels_a: Int[Tensor, "n"],  # their classes
     b: Float[Tensor, "m d"],  # features of the reference, usually real images
     labels_b: Int[Tensor, "m"],  # their classes
-    directions: Float[Tensor, "d c"] | None = None,  # onto which both are projected; by default principal_directions(b)
+    directions: Float[Tensor, "d c"] | None = None,  # to project onto; by default principal_directions(b)
 ) -> float:  # in squared units of the features
-    "Mean over the classes both sets have of the Fréchet distance within the class. `ValueError` if there is none."
+    "Mean Fréchet distance within the classes that both sets have. `ValueError` if there is none."
     shared = _shared_classes(labels_a, labels_b)
     directions = principal_directions(b) if directions is None else directions
     a, b = a.double() @ directions, b.double() @ directions
@@ -102,7 +102,7 @@ def frechet_at(
     draws: int = 5,
     directions: Float[Tensor, "d c"] | None = None,  # as in class_frechet
 ) -> float:  # in squared units of the features
-    "`class_frechet` of `each` images per class of `a`, drawn at random, on average: fair to sets of any size."
+    "Mean `class_frechet` of `each` images per class of `a`, drawn at random: fair to sets of any size."
     def drawn() -> float:
         rows = torch.randperm(len(labels_a), device=labels_a.device)
         rows = rows[rank_within(labels_a[rows], int(labels_a.max()) + 1) < each]
@@ -115,11 +115,12 @@ def frechet_at(
 def kernel_scales(
     b: Float[Tensor, "m d"],  # the reference
     sample: int = 1000,  # rows looked at, evenly spaced
-) -> Float[Tensor, "3"]:  # squared lengths: a quarter of the median squared distance, the median, four times it
+) -> Float[Tensor, "3"]:  # squared lengths: the median squared distance times 1/4, 1 and 4
     "Widths of the Gaussian kernels by the median heuristic (Gretton et al. 2012, section 8)."
     rows = b[:: max(1, len(b) // sample)]
     median = F.pdist(rows.double()).square().median() if len(rows) > 1 else rows.new_ones(()).double()
-    return (median * torch.tensor([0.25, 1.0, 4.0], dtype=torch.double, device=b.device)).clamp(min=1e-12).to(b.dtype)
+    times = torch.tensor([0.25, 1.0, 4.0], dtype=torch.double, device=b.device)
+    return (median * times).clamp(min=1e-12).to(b.dtype)
 
 # %% ../nbs/06_discriminator.ipynb #cell-24
 def kernel(
@@ -149,7 +150,7 @@ def class_mmd(
     b: Float[Tensor, "m d"],  # features of the reference
     labels_b: Int[Tensor, "m"],  # their classes
 ) -> float:  # no unit, 0 to 2
-    "Mean over the classes both sets have of `mmd` within the class, one kernel for all. `ValueError` if there is none."
+    "Mean `mmd` within the classes that both sets have, one kernel for all. `ValueError` if there is none."
     shared, scales = _shared_classes(labels_a, labels_b), kernel_scales(b.double())
     distances = [mmd(a[labels_a == c], b[labels_b == c], scales) for c in shared]
     return sum(distances) / len(distances)
@@ -161,7 +162,7 @@ def class_variance(
     b: Float[Tensor, "m d"],  # features of the reference
     labels_b: Int[Tensor, "m"],  # their classes
 ) -> float:  # percent: 100 where `a` varies as much as `b`, 0 for one image a class
-    "Total variance within the classes both sets have, in percent of the reference's. `ValueError` if there is none."
+    "Variance within the classes that both sets have, in percent. `ValueError` if there is none."
     def within(x: Tensor, labels: Tensor) -> Tensor:
         return torch.stack([x[labels == c].double().var(0, correction=0).sum() for c in shared]).mean()
 
@@ -205,7 +206,7 @@ def feature_bank(
     fabric: Fabric,  # decides device and precision
     batch_size: int = 512,
 ) -> FeatureBank:
-    "The features of `views` augmented views of each image. `ValueError`: a class is missing, the teacher not frozen."
+    "Features of augmented views. `ValueError`: a class without an image, a teacher that is not frozen."
     if teacher.training:
         invalid("teacher", "in training mode", "it must be frozen: models.freeze(teacher)")
     if 0 in condensed.counts:
@@ -214,8 +215,9 @@ def feature_bank(
     images = on_device(condensed, fabric)
     index = torch.arange(len(images), device=fabric.device).repeat(views)
     with seeded(0), fabric.autocast():
-        features = [teacher.features_logits(augment(images.batch(i)))[0].float() for i in index.split(batch_size)]
-    return FeatureBank(torch.cat(features), images.hard_labels[index], condensed.num_classes)
+        views = (augment(images.batch(rows)) for rows in index.split(batch_size))
+        features = torch.cat([teacher.features_logits(x)[0].float() for x in views])
+    return FeatureBank(features, images.hard_labels[index], condensed.num_classes)
 
 # %% ../nbs/06_discriminator.ipynb #cell-42
 class FeatureDiscriminator(nn.Module):
@@ -262,7 +264,8 @@ GAN_LOSSES = {
     ),
     "hinge": GANLoss(lambda r, f: F.relu(1 - r).mean() + F.relu(1 + f).mean(), lambda f: -f.mean()),
     "least_squares": GANLoss(
-        lambda r, f: ((r - 1).square().mean() + (f + 1).square().mean()) / 2, lambda f: (f - 1).square().mean() / 2
+        lambda r, f: ((r - 1).square().mean() + (f + 1).square().mean()) / 2,
+        lambda f: (f - 1).square().mean() / 2,
     ),
 }
 
@@ -306,7 +309,7 @@ class DiscriminatorSettings(AlignmentSettings):
     spectral: bool = True  # spectral normalisation of its layers
     r1: float = 0.0  # weight of the gradient penalty
     noise: float = 0.0  # deviation of the noise on the features it sees, which have deviation 1
-    min_fake_probability: float = 0.0  # the generator listens less when fakes are given less than this; 0: never
+    min_fake_probability: float = 0.0  # the gate closes as fakes are given less than this; 0: never
 
     def __post_init__(self):
         super().__post_init__()
@@ -390,7 +393,7 @@ class Alignment:
         "Nothing to learn, unless a subclass says so."
 
     def record(self) -> None:
-        "Append to `history` the means since the last call (None if there was nothing), with one read of the device."
+        "Append to `history` the means since the last call, None without any; reads the device once."
         means = (self.sums / self.count).tolist() if self.count else [None] * len(self.series)
         for name, mean in zip(self.series, means, strict=True):
             self.history[name].append(mean)
@@ -440,7 +443,7 @@ class AdversarialAlignment(Alignment):
             self._step(self.bank.draw(targets), fakes, targets)
         self.discriminator.requires_grad_(False)
 
-    def _step(self, reals: Float[Tensor, "n d"], fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> None:
+    def _step(self, reals: Tensor, fakes: Tensor, targets: Tensor) -> None:
         reals.requires_grad_(self.settings.r1 > 0)
         real, fake = self.discriminator(torch.cat([reals, fakes]), targets.repeat(2)).chunk(2)
         loss = self.losses.discriminator(real, fake)
@@ -481,7 +484,7 @@ def class_mmd_loss(
 
 # %% ../nbs/06_discriminator.ipynb #cell-66
 class MMDAlignment(Alignment):
-    "Class-conditional maximum mean discrepancy to the bank, in standardised features; it has nothing to learn."
+    "Class-conditional maximum mean discrepancy to the bank, in standardised features."
 
     series = ("mmd",)  # mean of the unweighted loss
 
@@ -503,7 +506,7 @@ def make_alignment(
     fabric: Fabric,  # decides device and precision
     seed: int,  # of the alignment's random stream
 ) -> Alignment:
-    "An alignment on the fabric's device. `ValueError`: a class without an image, a teacher that is not frozen."
-    bank, stream = feature_bank(teacher, condensed, augment, settings.views, fabric), Stream(seed, "discriminator")
+    "An alignment on the fabric's device. Refuses as `feature_bank` does."
+    bank = feature_bank(teacher, condensed, augment, settings.views, fabric)
     kind = AdversarialAlignment if isinstance(settings, DiscriminatorSettings) else MMDAlignment
-    return kind(bank, settings, stream)
+    return kind(bank, settings, Stream(seed, "discriminator"))
