@@ -434,7 +434,7 @@ def make_splits(
                   ImageSet(*test, classes, *norm, provenance | {"part": "test"}), " ".join(notes))
 
 # %% ../nbs/00_data.ipynb #cell-44
-INSTALLED = {"mnist5k": 16, "digits": 16}  # what comes with a package: the size unless asked otherwise
+INSTALLED = {"mnist5k": 12, "digits": 16}  # what comes with a package: the size unless asked otherwise
 
 
 def _installed(name: str, size: int) -> Splits:

@@ -25,7 +25,7 @@ from .cache import Checkpoint, cached, check_choice, check_int, invalid, load_te
 from .cache import save_tensors
 from .data import ImageSet, Splits, pack, unpack
 from .discriminator import alignment_settings, class_frechet, class_mmd, class_variance, frechet_at
-from .discriminator import make_alignment
+from .discriminator import make_alignment, principal_directions
 from .inversion import Inverter, inversion_recipe
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier
 from .models import save_classifier
@@ -400,9 +400,10 @@ def pool_quality(
     (f, z), (g, _) = predict(teacher, pool, fabric), predict(teacher, real, fabric)
     asked, true = pool.hard_labels.cpu(), real.hard_labels.cpu()
     fewest = int(asked.bincount()[asked.unique()].min())
-    thinned = {f"frechet_{n}": frechet_at(f, asked, g, true, n) for n in (1, 10) if n <= fewest}
+    shared = dict(directions=principal_directions(g))
+    thinned = {f"frechet_{n}": frechet_at(f, asked, g, true, n, **shared) for n in (1, 10) if n <= fewest}
     return thinned | dict(
-        class_frechet=float(class_frechet(f, asked, g, true)),
+        class_frechet=float(class_frechet(f, asked, g, true, **shared)),
         class_mmd=float(class_mmd(f, asked, g, true)),
         class_variance=float(class_variance(f, asked, g, true)),
         intended_accuracy=100 * float((z.argmax(1) == asked).float().mean()),

@@ -280,7 +280,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
     small = len(train) <= 5000
     own = INVERSIONS[run.inversion].steps
     return Distillation(
-        epochs=run.epochs or (8 if small else 20),
+        epochs=run.epochs or (16 if small else 20),
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
         temperature=run.temperature,
@@ -291,7 +291,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         alignment=resolve_alignment(alignment, run.ipc),
         alignment_weight=run.alignment_weight,
         layer=run.layer,
-        batches_per_epoch=2,
+        batches_per_epoch=1 if small else 2,
         synthesis_batch=64 if small else 100,
         warmup=6 if small else min(20, run.epochs or 20),
     )
