@@ -10,6 +10,7 @@ __all__ = ['DEVICES', 'PRECISIONS', 'CUDA_ONLY', 'bf16_on_cpu', 'automatic_preci
 
 # %% ../nbs/03_training.ipynb #cell-02
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from .data import ImageSet, Splits
 from .models import Classifier, load_classifier, make_classifier, save_classifier
 
 # %% ../nbs/03_training.ipynb #cell-05
+logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)  # else it announces bfloat16
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = {
     "auto": None,
