@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from .cache import check_int, invalid, load_tensors, save_tensors
 from .data import ImageSet, check_statistics
+from .foreign import PROGRAM, foreign_backbone, is_foreign, torchvision_names
 
 # %% ../nbs/02_models.ipynb #cell-05
 Body = tuple[nn.Sequential, int]  # layers, and how many channels come out of them
@@ -255,7 +256,9 @@ class ModelSpec:
 
 # %% ../nbs/02_models.ipynb #cell-27
 def create_backbone(name: str, num_classes: int, channels: int, size: int) -> nn.Module:
-    "A randomly initialised timm model; architectures whose weights depend on the image size are told it."
+    "A randomly initialised timm model, or torchvision's; those whose weights depend on the image size are told it."
+    if is_foreign(name):
+        return foreign_backbone(name, num_classes, channels, size)
     options = dict(num_classes=num_classes, in_chans=channels)
     try:
         return timm.create_model(name, img_size=size, **options)
@@ -368,8 +371,8 @@ def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
 
 # %% ../nbs/02_models.ipynb #cell-43
 def model_names() -> list[str]:
-    "Every architecture there is, ours among timm's."
-    return timm.list_models()
+    "Every architecture there is: timm's, ours among them, and torchvision's."
+    return [*timm.list_models(), *torchvision_names()]
 
 
 @functools.lru_cache
@@ -471,7 +474,7 @@ def read_spec(path: Path, header: dict) -> ModelSpec:
         raise ValueError(f"{path} is not a classifier that this library wrote") from None
     except ValueError as error:
         raise ValueError(f"{path} holds a classifier that cannot be used: its {error}") from None
-    if spec.name not in model_names():
+    if spec.name not in (*model_names(), PROGRAM):
         raise ValueError(f"{path} holds weights of an unknown architecture, {spec.name!r}")
     return spec
 

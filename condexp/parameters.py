@@ -7,7 +7,8 @@ __all__ = ['Check', 'EVALUATE', 'PATHS', 'CHECKS', 'text', 'at_least', 'positive
            'writable', 'file_or_empty', 'folder_or_empty', 'existing_file', 'model', 'model_or_file', 'condenser',
            'transfer_name', 'evaluate', 'sampling', 'boolean', 'Run', 'RunTraining', 'RunTeacher', 'RunCondense',
            'RunDistil', 'known_alignment', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'RunSurrogate',
-           'RunBoundary', 'RunFeatures', 'parameters']
+           'RunBoundary', 'RunFeatures', 'existing_path', 'architecture', 'class_names', 'channel_values',
+           'dataset_or_empty', 'RunImport', 'parameters']
 
 # %% ../nbs/12_parameters.ipynb #cell-02
 import json
@@ -29,6 +30,7 @@ from .kd import COMPARED, DIRECTIONS, LABELS
 from .models import check_model
 from .shaders import BACKENDS
 from .sources import SOURCES
+from .teachers import class_list, named_architectures, normalisation
 from .training import DEVICES, PRECISIONS
 from .transfer import PARTS, check_sampling
 
@@ -152,7 +154,8 @@ def transfer_name(name: str, value) -> str:
 
 # %% ../nbs/12_parameters.ipynb #cell-16
 EVALUATE = ("test", "validation")  # which images the accuracies are of
-PATHS = ("dataset", "teacher", "condenser", "surrogate", "related", "shader_folder", "photo", "photographs", "output", "record")
+PATHS = ("dataset", "teacher", "condenser", "surrogate", "related", "shader_folder", "photo", "photographs", "output")
+PATHS += ("record", "weights")
 
 
 def evaluate(name: str, value) -> str:
@@ -422,6 +425,72 @@ class RunFeatures(Run):
         if self.photographs and not known_dataset(self.photographs):
             invalid("photographs", self.photographs, "it must be a data set's name or path")
         check_int("images", self.images, 1)
+
+# %% ../nbs/12_parameters.ipynb #import-1
+def existing_path(name: str, value) -> str:
+    "A file or a folder that is there."
+    if not (value := text(name, value)) or not Path(value).exists():
+        invalid(name, value, "it must be a file or a folder that is there")
+    return value
+
+
+def architecture(name: str, value) -> str:
+    "An empty text, or the name of an architecture of timm or torchvision."
+    if value := text(name, value):
+        named_architectures(value)
+    return value
+
+
+def class_names(name: str, value) -> str | list:
+    "Class names as a list or a comma-separated text, or a file of them; empty: the file of weights has them."
+    class_list(value := value if isinstance(value, list | tuple) else text(name, value))
+    return value
+
+
+def channel_values(name: str, value) -> str:
+    "A number for each channel with commas between, or the name of a convention; empty: the file says it."
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return str(value) if type(value) is float else text(name, value)
+
+
+def dataset_or_empty(name: str, value) -> str:
+    "An empty text, or a data set's name or path."
+    if (value := text(name, value)) and not known_dataset(value):
+        invalid(name, value, "it must be empty, or a data set's name or path")
+    return value
+
+# %% ../nbs/12_parameters.ipynb #import-2
+@dataclass(frozen=True)
+class RunImport:
+    "Parameters of `run_import`."
+
+    own = {
+        "weights": existing_path,
+        "architecture": architecture,
+        "classes": class_names,
+        "channels": at_least(0),
+        "dataset": dataset_or_empty,
+        "output": file_or_empty(".safetensors"),
+    }
+    own |= {"mean": channel_values, "std": channel_values}
+    weights: str
+    architecture: str
+    classes: str | list
+    size: int
+    channels: int
+    mean: str
+    std: str
+    dataset: str
+    output: str
+    record: str
+    __post_init__, record_path, recorded = Run.__post_init__, Run.record_path, Run.recorded
+
+    def check(self) -> None:
+        "Refuse values that do not go together."
+        if self.mean != "" or self.std != "":
+            values = self.mean.split(",")
+            normalisation(self.mean, self.std, self.channels or (len(values) if len(values) > 1 else 3))
 
 # %% ../nbs/12_parameters.ipynb #cell-30
 def parameters(
