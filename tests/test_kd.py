@@ -167,7 +167,7 @@ def test_methods_with_different_seeds_share_nothing(teacher, digits, condensed, 
 @pytest.fixture(scope="module")
 def budget():
     "Enough for a student to learn; for all methods the same."
-    return Distillation(epochs=4, steps=50, batch_size=64, warmup=6, synthesis_batch=40)
+    return Distillation(epochs=4, steps=30, batch_size=64, warmup=6, synthesis_batch=40)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ def taught_by_noise(trained, digits, budget, fabric):
 def test_a_pool_shows_its_classes_and_teaches_far_better_than_noise(
     inversion, taught_by_noise, teacher, digits, budget, fabric
 ):
-    settings = replace(budget, inversion=inversion, inversion_steps=min(60, INVERSIONS[inversion].steps))
+    settings = replace(budget, inversion=inversion, inversion_steps=min(40, INVERSIONS[inversion].steps))
     result = distil("inversion", teacher, "wrn_10_1", {}, digits, settings, 0, fabric)
     assert result.accuracy > taught_by_noise + 20
     assert result.distances["intended_accuracy"] >= 80
@@ -245,7 +245,7 @@ def test_another_layer_can_be_aligned(sources, teacher, digits, fabric):
 
 
 def test_half_precision_on_a_cpu_teaches_as_well(sources, teacher, digits, budget, fabric):
-    settings = replace(budget, epochs=2, steps=30)
+    settings = replace(budget, epochs=2)
     single, half = (
         distil("full", teacher, "wrn_10_1", sources, digits, settings, 0, f)
         for f in (fabric, make_fabric("cpu", "bf16"))
