@@ -405,11 +405,8 @@ TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".pkl")
 
 def how_to_bring(path: str) -> str:
     "What to do with weights of torch, as the second half of a sentence."
-    lines = ("model = from_spec(ModelSpec(name, classes, channels, size, mean, std))",
-             f"model.backbone.load_state_dict(torch.load({Path(path).name!r}, weights_only=True))",
-             f"save_classifier('{Path(path).name.split('.')[0]}.safetensors', model, {{}})")
-    needed = "weights of torch do not say which network they are of: write them once with that"
-    return f"{needed} ({'; '.join(lines)})"
+    command = f"papermill nbs/run_import.ipynb out.ipynb -p weights {Path(path).name}"
+    return f"weights of torch do not say which network they are of: {command} makes a teacher of them"
 
 
 def check_model(
