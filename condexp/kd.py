@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'AT_LEAST', 'SYNTHESIS', 'ALIGNMENT', 'kd_loss', 'as_bytes',
            'SyntheticSet', 'Method', 'Distillation', 'student_step', 'StudentTraining', 'teacher_set',
-           'balanced_targets', 'Synthesis', 'make_synthesis', 'Distiller', 'timed_epoch', 'pool_quality',
+           'balanced_targets', 'Synthesis', 'make_synthesis', 'Distiller', 'measure_of', 'timed_epoch', 'pool_quality',
            'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method', 'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
@@ -366,11 +366,17 @@ class Distiller:
         for epoch in bar:
             self.history.append(timed_epoch(self, epoch, test))
             checkpoint.save(snapshot(self.parts, history=self.history), every=0.05)
-            bar.set_postfix_str(f"accuracy {self.history[-1]['accuracy']:.1f} %")
+            measure = measure_of(test)
+            bar.set_postfix_str(f"{measure} {self.history[-1][measure]:.1f} %")
 
 # %% ../nbs/07_kd.ipynb #cell-4baefb
+def measure_of(test: ImageSet) -> str:
+    "What a student's score on a set is: accuracy, or agreement where the teacher gave the labels."
+    return "agreement" if test.provenance.get("labels") == "teacher" else "accuracy"
+
+
 def timed_epoch(distiller: Distiller, epoch: int, test: ImageSet) -> dict[str, float]:
-    "Take one epoch, the first one after warming up: losses, synthetic images so far, accuracy, seconds."
+    "Take one epoch, the first one after warming up: losses, synthetic images so far, score, seconds."
     times = [time.perf_counter()]
     if epoch == 0 and distiller.synthesis:
         distiller.synthesis.warm_up()
@@ -382,7 +388,7 @@ def timed_epoch(distiller: Distiller, epoch: int, test: ImageSet) -> dict[str, f
     stages = ("warmup_seconds", "synthesis_seconds", "student_seconds")
     entry |= {stage: end - begin for stage, (begin, end) in zip(stages, pairwise(times), strict=True)}
     student = distiller.training.student.module
-    return entry | {"accuracy": accuracy(student, fixed_subset(test), distiller.fabric)}
+    return entry | {measure_of(test): accuracy(student, fixed_subset(test), distiller.fabric)}
 
 # %% ../nbs/07_kd.ipynb #cell-41
 def pool_quality(
@@ -415,16 +421,17 @@ class MethodResult:
     "What became of one method."
 
     method: str  # its name
-    accuracy: float  # percent of the test split, after the last epoch
+    accuracy: float  # percent of the test split, after the last epoch; see `measure`
     history: list[
         dict
-    ]  # an entry per epoch: loss, accuracy, synthetic images, the inversion's terms, seconds
+    ]  # an entry per epoch: loss, accuracy or agreement, synthetic images, the inversion's terms, seconds
     distances: dict[str, float]  # of `pool_quality`; empty without synthetic images
     seconds: dict[str, float]  # warmup (of a generator), synthesis, student
     images: int  # different images the student could draw from
     steps: int  # student steps taken
     student: Classifier = field(repr=False)
     pool: ImageSet | None = field(repr=False)  # the synthetic images
+    measure: str = "accuracy"  # or "agreement" with the teacher, where it gave the test images' labels
 
     def plain(self) -> dict:
         "Everything but the tensors."
@@ -454,14 +461,16 @@ def run_method(
             method=name, inversion=settings.inversion, seed=seed, notes=distiller.synthesis.inverter.notes
         )
         pool = distiller.images.as_set(**made)
-        with seeded(seed):
-            distances = pool_quality(pool, splits.train, teacher, fabric)
+        if len(splits.train):
+            with seeded(seed):
+                distances = pool_quality(pool, splits.train, teacher, fabric)
     seconds = {
         k: sum(h.get(f"{k}_seconds", 0.0) for h in history) for k in ("warmup", "synthesis", "student")
     }
     taken, final = settings.epochs * settings.steps, accuracy(student, splits.test, fabric)
     return MethodResult(
-        name, final, history, distances, seconds, distiller.images.count, taken, student, pool
+        name, final, history, distances, seconds, distiller.images.count, taken, student, pool,
+        measure_of(splits.test),
     )
 
 # %% ../nbs/07_kd.ipynb #cell-47
@@ -473,7 +482,7 @@ def student_path(path: Path) -> Path:
 def save_method(path: Path, result: MethodResult) -> None:
     "Write a result's student beside `path`, its synthetic set and numbers to `path`."
     save_classifier(
-        student_path(path), result.student, {"method": result.method, "accuracy": result.accuracy}
+        student_path(path), result.student, {"method": result.method, result.measure: result.accuracy}
     )
     tensors, about = ({}, {}) if result.pool is None else pack(result.pool)
     save_tensors(path, tensors, result.plain() | about)

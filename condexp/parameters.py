@@ -6,9 +6,9 @@
 __all__ = ['Check', 'EVALUATE', 'PATHS', 'CHECKS', 'text', 'at_least', 'positive', 'choice', 'names', 'weights', 'weight',
            'writable', 'file_or_empty', 'folder_or_empty', 'existing_file', 'model', 'model_or_file', 'condenser',
            'transfer_name', 'evaluate', 'sampling', 'boolean', 'Run', 'RunTraining', 'RunTeacher', 'RunCondense',
-           'RunDistil', 'known_alignment', 'RunArms', 'RunKD', 'RunAlignment', 'RunQuality', 'RunSurrogate',
-           'RunBoundary', 'RunFeatures', 'existing_path', 'architecture', 'class_names', 'channel_values',
-           'dataset_or_empty', 'RunImport', 'parameters']
+           'known_inversion', 'RunDistil', 'known_alignment', 'RunArms', 'RunKD', 'arms_without_data', 'RunAlignment',
+           'RunQuality', 'RunSurrogate', 'RunBoundary', 'RunFeatures', 'existing_path', 'architecture', 'class_names',
+           'channel_values', 'dataset_or_empty', 'RunImport', 'parameters']
 
 # %% ../nbs/12_parameters.ipynb #cell-02
 import json
@@ -25,8 +25,8 @@ from .cache import check_choice, check_int, config_hash, invalid
 from .condensation import CONDENSERS, NORMALISATIONS
 from .data import known_dataset
 from .discriminator import ALIGNMENTS
-from .inversion import INVERSIONS, inversion_recipe
-from .kd import COMPARED, DIRECTIONS, LABELS
+from .inversion import inversion_recipe
+from .kd import COMPARED, DIRECTIONS, LABELS, METHODS
 from .models import check_model
 from .shaders import BACKENDS
 from .sources import SOURCES
@@ -138,9 +138,9 @@ def model_or_file(name: str, value) -> str:
 
 
 def condenser(name: str, value) -> str:
-    "A condensation method, or the file of a set."
-    if text(name, value) not in CONDENSERS and not Path(value).is_file():
-        invalid(name, value, f"it must be one of {', '.join(CONDENSERS)}, or the path of a set")
+    "A condensation method, or the file of a set, or a folder of images by class."
+    if text(name, value) not in CONDENSERS and not Path(value).exists():
+        invalid(name, value, f"it must be one of {', '.join(CONDENSERS)}, or the path of a set or of a folder of images")
     return value
 
 
@@ -214,6 +214,7 @@ class Run:
     "The parameters that every run notebook has."
 
     own: ClassVar[dict[str, Check]] = {}  # checks in the place of those of `CHECKS`
+    without_data: ClassVar[bool] = False  # whether `dataset` may be empty, with a teacher from a file
     dataset: str
     size: int
     seed: int
@@ -232,8 +233,16 @@ class Run:
     def check(self) -> None:
         "Refuse values that do not go together."
         if not self.dataset:
-            invalid("dataset", "", "it must be a text")
+            self.check_without_data()
         writable("record", self.record_path("run"), folder=False)
+
+    def check_without_data(self) -> None:
+        "Refuse what data would be needed for."
+        if not self.without_data:
+            invalid("dataset", "", "it must be a text")
+        if not self.teacher.endswith(".safetensors"):
+            invalid("dataset", "", "without data the teacher must be a .safetensors file")
+        check_choice("evaluate", getattr(self, "evaluate", "test"), EVALUATE[:1])
 
     def record_path(self, notebook: str) -> Path:
         "Where the record goes: `record`, or a name made from the parameters."
@@ -283,6 +292,13 @@ class RunCondense(RunTraining):
     output: str
 
 
+def known_inversion(run) -> None:
+    "Refuse an inversion method, or a term of it, that is not there."
+    if "," in run.inversion or ":" in run.inversion:
+        invalid("inversion", run.inversion, 'weights are given apart: -p inversion fast -y "term_weights: {bn: 0}"')
+    inversion_recipe(run.inversion, run.term_weights)
+
+
 @dataclass(frozen=True)
 class RunDistil(RunTraining):
     "What `run_kd` and `run_alignment` have in common."
@@ -304,10 +320,7 @@ class RunDistil(RunTraining):
 
     def check(self) -> None:
         super().check()
-        if "," in self.inversion or ":" in self.inversion:
-            invalid("inversion", self.inversion, 'weights are given apart: -p inversion fast -y "term_weights: {bn: 0}"')
-        check_choice("inversion", self.inversion, INVERSIONS)
-        inversion_recipe(self.inversion, self.term_weights)
+        known_inversion(self)
 
 # %% ../nbs/12_parameters.ipynb #cell-23
 def known_alignment(name: str, value: str) -> None:
@@ -334,9 +347,26 @@ class RunArms(RunDistil):
 
 @dataclass(frozen=True)
 class RunKD(RunArms):
-    "Parameters of `run_kd`."
+    "Parameters of `run_kd`. Without a data set the methods that need one are left out."
 
+    without_data = True
     output: str
+
+    def check_without_data(self) -> None:
+        super().check_without_data()
+        object.__setattr__(self, "arms", arms_without_data(self.arms, self.condenser))
+
+
+def arms_without_data(arms: list[str], condenser: str) -> list[str]:
+    "The methods that need no data: those with a condensed set only where there is a file or folder of it."
+    gone = {"random", "full"} | ({"condensed"} if condenser in CONDENSERS else set())
+    left = [name for name in arms if name not in METHODS or METHODS[name].source not in gone]
+    if not left:
+        need = "dataset is empty: inversion needs the teacher alone, condensed, mixed and expanded a condenser that is a path"
+        invalid("arms", ", ".join(arms), need)
+    if left != arms:
+        print(f"dataset is empty: left out are {', '.join(name for name in arms if name not in left)}")
+    return left
 
 
 @dataclass(frozen=True)
@@ -355,7 +385,7 @@ class RunAlignment(RunDistil):
 class RunQuality(Run):
     "Parameters of `run_quality`: a teacher and a transfer set. Without a data set the teacher must be a file."
 
-    without_data: ClassVar[bool] = True  # whether `dataset` may be empty
+    without_data = True
     teacher: str
     surrogate: str
     images: int
@@ -367,14 +397,18 @@ class RunQuality(Run):
     backend: str
     shader_folder: str
     photo: str
+    inversion: str
+    term_weights: dict[str, float]
+    inversion_steps: int
+
+    def check_without_data(self) -> None:
+        super().check_without_data()
+        if self.surrogate == "original":
+            invalid("surrogate", "original", "dataset is empty: there are no original images")
 
     def check(self) -> None:
-        if self.dataset or not self.without_data:
-            super().check()
-        elif not self.teacher.endswith(".safetensors"):
-            invalid("dataset", "", "without data the teacher must be a .safetensors file")
-        elif self.surrogate == "original":
-            invalid("surrogate", "original", "dataset is empty: there are no original images")
+        super().check()
+        known_inversion(self)
         if self.surrogate in SOURCES:
             check_int("images", self.images, 1)
         own_classes = self.surrogate not in (*SOURCES, "original") and not self.surrogate.endswith(".safetensors")
@@ -395,16 +429,11 @@ class RunSurrogate(RunQuality, RunTraining):
     evaluate: str
     output: str
 
-    def check(self) -> None:
-        super().check()
-        check_choice("evaluate", self.evaluate, EVALUATE if self.dataset else EVALUATE[:1])
-
 
 @dataclass(frozen=True)
 class RunBoundary(RunSurrogate):
     "Parameters of `run_boundary`."
 
-    without_data = False
     targets: int
     attack_steps: int
     beyond: int

@@ -7,8 +7,8 @@ __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER'
            'PAPER_LABELS', 'CONTRASTS', 'TABLE', 'environment', 'commit_of', 'peak_memory', 'write_record', 'json_safe',
            'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text', 'read_records', 'plus_minus',
            'paired', 'best_baseline', 'describe_scale', 'paired_table', 'plot_students', 'plot_discriminators',
-           'tsne_plane', 'plot_tsne', 'plot_methods', 'chance_gap', 'in_words', 'fair_frechet', 'method_table',
-           'wilson', 'plot_accuracies']
+           'tsne_plane', 'plot_tsne', 'plot_methods', 'chance_gap', 'scores', 'agreement_in_words', 'sets_in_words',
+           'in_words', 'fair_frechet', 'method_table', 'wilson', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -74,7 +74,7 @@ def peak_memory(fabric: Fabric) -> int:  # megabytes; 0 where the system does no
 def write_record(
     path: Path,
     config: dict,  # the run's parameters
-    teacher_accuracy: float,  # percent of the test split
+    teacher_accuracy: float | None,  # percent of the test split; None without data
     accuracy: dict[str, float],  # method or set -> percent of the test split, last epoch
     seconds: dict[str, float],  # stage -> seconds
     images: dict[str, int],  # method or set -> different images used
@@ -262,19 +262,21 @@ PAPER_LABELS = {"condensed": "CS", "inversion": "Fast", "mixed": "Fast + CS", "e
 # %% ../nbs/11_records.ipynb #cell-27
 def plot_students(
     histories: dict[str, list[dict]],  # method, or name of a set -> its history
-    teacher_accuracy: float,  # percent, drawn as a line
+    teacher_accuracy: float | None,  # percent, drawn as a line if it is known
     title: str = "",
-    measure: str = "student accuracy (% of test images)",
 ) -> Figure:
-    "Test accuracy of each method's, or each set's, student, epoch by epoch."
+    "Test accuracy, or agreement with the teacher, of each method's, or each set's, student, epoch by epoch."
+    agreed = any("agreement" in h for history in histories.values() for h in history)
+    key, measure = ("agreement", "agreement with the teacher") if agreed else ("accuracy", "student accuracy")
     figure, ax = plt.subplots(figsize=(7.5, 4), layout="constrained")
     others = iter(sns.color_palette("colorblind", len(histories)))
     for name, history in histories.items():
-        points = [h["epoch"] for h in history], [h["accuracy"] for h in history]
+        points = [h["epoch"] for h in history], [h[key] for h in history]
         colour = METHOD_COLOURS[name] if name in METHOD_COLOURS else next(others)
         ax.plot(*points, label=name, color=colour, marker=METHOD_MARKERS.get(name, "o"), markersize=5)
-    ax.axhline(teacher_accuracy, color="0.4", linestyle=":", label="teacher")
-    ax.set(xlabel="epoch", ylabel=measure, title=title)
+    if not agreed and teacher_accuracy is not None:
+        ax.axhline(teacher_accuracy, color="0.4", linestyle=":", label="teacher")
+    ax.set(xlabel="epoch", ylabel=f"{measure} (% of {'probe' if agreed else 'test'} images)", title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
     figure.legend(loc="outside right upper")
     plt.close(figure)
@@ -385,9 +387,43 @@ def chance_gap(a: float, b: float, n: int) -> float:
     return 196 * math.sqrt(sum(p * (1 - p) for p in (a / 100, b / 100)) / n)
 
 
+def scores(record: dict) -> tuple[dict[str, float], str, str]:
+    "(method or set -> percent, what it is, of which images): accuracies, or without data agreements."
+    if record.get("agreement"):
+        return record["agreement"], "agreement with the teacher", record["probe"]
+    return record["accuracy"], "student accuracy", "the test images"
+
+
+def agreement_in_words(record: dict) -> str:
+    "How often the students of one record agree with their teacher, on which images, and what that cannot say."
+    agreement, _, probe = scores(record)
+    n, ranked = record["test_images"], sorted(agreement, key=agreement.get, reverse=True)
+    interval = lambda percent: "{:.1f} to {:.1f}".format(*wilson(percent, n))
+    students = ", ".join(f"`{name}` {agreement[name]:.1f} % ({interval(agreement[name])})" for name in ranked)
+    return (
+        f"There is no data of the task. Student and teacher agree on this share of {n:,} {probe} (95 % interval): {students}. "
+        "No student has seen these images. The number ranks students. It is no accuracy: where the teacher is wrong, agreement "
+        "is wrong too, and images of the task may be easier or harder."
+    )
+
+
+def sets_in_words(record: dict, student: str) -> str:
+    "What students of one record's transfer sets came to, as a few sentences of Markdown."
+    if record.get("agreement"):
+        return agreement_in_words(record)
+    n, found = record["test_images"], []
+    for name, value in record["accuracy"].items():
+        low, high = wilson(value, n)
+        correct = f"**{value:.1f} %** of {n:,} test images correctly ({low:.1f} to {high:.1f})"
+        found.append(f"Taught by `{name}` alone, `{student}` classifies {correct}.")
+    return " ".join([*found, f"Its teacher classifies {record['teacher_accuracy']:.1f} % correctly."])
+
+
 def in_words(record: dict) -> str:
-    "The accuracies of one record as a few sentences of Markdown."
+    "The scores of one record as a few sentences of Markdown."
     record = today(record)
+    if record.get("agreement"):
+        return agreement_in_words(record)
     accuracy, teacher, n = record["accuracy"], record["teacher_accuracy"], record.get("test_images")
     ranked = sorted(accuracy, key=accuracy.get, reverse=True)
     students = ", ".join(f"`{name}` {accuracy[name]:.1f} %" for name in ranked)
@@ -448,6 +484,7 @@ def fair_frechet(distances: dict[str, dict[str, float]]) -> str:
 # %% ../nbs/11_records.ipynb #cell-45
 TABLE = dict(  # entry of a record: column, format
     accuracy=("accuracy (%)", "{:.1f}"),
+    agreement=("agreement with the teacher (%)", "{:.1f}"),
     images=("images", "{:,.0f}"),
     steps=("student steps", "{:,.0f}"),
     frechet_10=("Fréchet distance to real, 10 per class", "{:.2f}"),
@@ -459,13 +496,14 @@ TABLE = dict(  # entry of a record: column, format
 
 # %% ../nbs/11_records.ipynb #cell-46
 def method_table(record: dict) -> pd.DataFrame:
-    "The record's methods as a table of text: accuracy, images, steps, distances of the synthetic set to real images."
+    "The record's methods as a table of text: score, images, steps, distances of the synthetic set to real images."
     record = today(record)
+    measure = "agreement" if record.get("agreement") else "accuracy"
     distances = record["distances"]
     hidden = {"frechet_10", "frechet_1"} - {fair_frechet(distances)}
     rows = {
-        name: dict(accuracy=value, images=record["images"][name], steps=record["steps"][name]) | distances.get(name, {})
-        for name, value in record["accuracy"].items()
+        name: {measure: value} | dict(images=record["images"][name], steps=record["steps"][name]) | distances.get(name, {})
+        for name, value in scores(record)[0].items()
     }
     label = lambda name: f"{name} ({PAPER_LABELS[name]})" if name in PAPER_LABELS else name
     return pd.DataFrame({
@@ -482,17 +520,19 @@ def wilson(percent: float, n: int) -> tuple[float, float]:  # percent
 
 # %% ../nbs/11_records.ipynb #cell-47
 def plot_accuracies(record: dict) -> Figure:
-    "The methods' accuracies as dots with intervals, the teacher's as a line; the axis is cut to them."
-    accuracy, n = record["accuracy"], record.get("test_images")
+    "The methods' accuracies or agreements as dots with intervals, the teacher's as a line; the axis is cut to them."
+    (accuracy, measure, of), n = scores(record), record.get("test_images")
     figure, ax = plt.subplots(figsize=(7.5, 1 + 0.36 * len(accuracy)), layout="constrained")
     for y, (name, value) in enumerate(accuracy.items()):
         low, high = wilson(value, n) if n else (value, value)
         style = dict(color=METHOD_COLOURS.get(name, "0.4"), marker=METHOD_MARKERS.get(name, "o"), markersize=8)
         ax.errorbar(value, y, xerr=[[max(0, value - low)], [max(0, high - value)]], linestyle="none", capsize=3, **style)
         ax.annotate(f"{value:.1f}", (max(high, value), y), (6, 0), textcoords="offset points", va="center", fontsize=9)
-    ax.axvline(record["teacher_accuracy"], color="0.3", linestyle=":")
-    ax.annotate("teacher", (record["teacher_accuracy"], -0.6), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
-    ax.set(yticks=range(len(accuracy)), yticklabels=list(accuracy), xlabel="student accuracy (% of the test images)")
+    if not record.get("agreement"):
+        ax.axvline(record["teacher_accuracy"], color="0.3", linestyle=":")
+        place = dict(textcoords="offset points", ha="right", fontsize=8)
+        ax.annotate("teacher", (record["teacher_accuracy"], -0.6), (-4, 0), **place)
+    ax.set(yticks=range(len(accuracy)), yticklabels=list(accuracy), xlabel=f"{measure} (% of {of})")
     ax.set_ylim(len(accuracy) - 0.5, -0.9)
     ax.margins(x=0.12)
     plt.close(figure)

@@ -388,4 +388,5 @@ def probe_set(
     method = probe_method(used)
     own = dict(inversion=method) | PROBES[method]
     probe = transfer_set("inversion", teacher, count, PROBE_SEED, fabric, budget=2.0, **own)
-    return replace(probe, provenance=probe.provenance | {"dataset": f"a probe inverted by {method}"})
+    about = {"dataset": f"probe images, inverted by {method}", "labels": "teacher"}
+    return replace(probe, provenance=probe.provenance | about)
