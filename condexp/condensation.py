@@ -856,7 +856,8 @@ def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
         condensed = replace(train, images=images, labels=labels, provenance=notes)
     except ValueError as error:
         invalid("condenser", path.name, f"it holds no set that can be used: its {error}")
-    notes["label agreement"] = check_class_order(path.name, condensed, train)
+    if len(train):
+        notes["label agreement"] = check_class_order(path.name, condensed, train)
     return condensed
 
 # %% ../nbs/04_condensation.ipynb #cell-85

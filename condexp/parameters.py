@@ -8,7 +8,8 @@ __all__ = ['Check', 'EVALUATE', 'PATHS', 'CHECKS', 'text', 'at_least', 'positive
            'transfer_name', 'evaluate', 'sampling', 'boolean', 'Run', 'RunTraining', 'RunTeacher', 'RunCondense',
            'known_inversion', 'RunDistil', 'known_alignment', 'RunArms', 'RunKD', 'arms_without_data', 'RunAlignment',
            'RunQuality', 'RunSurrogate', 'RunBoundary', 'RunFeatures', 'existing_path', 'architecture', 'class_names',
-           'channel_values', 'dataset_or_empty', 'RunImport', 'parameters']
+           'channel_values', 'dataset_or_empty', 'RunImport', 'named_sources', 'minutes', 'few_images', 'teacher_file',
+           'RunDatafree', 'parameters']
 
 # %% ../nbs/12_parameters.ipynb #cell-02
 import json
@@ -155,7 +156,7 @@ def transfer_name(name: str, value) -> str:
 # %% ../nbs/12_parameters.ipynb #cell-16
 EVALUATE = ("test", "validation")  # which images the accuracies are of
 PATHS = ("dataset", "teacher", "condenser", "surrogate", "related", "shader_folder", "photo", "photographs", "output")
-PATHS += ("record", "weights")
+PATHS += ("record", "weights", "few")
 
 
 def evaluate(name: str, value) -> str:
@@ -520,6 +521,57 @@ class RunImport:
         if self.mean != "" or self.std != "":
             values = self.mean.split(",")
             normalisation(self.mean, self.std, self.channels or (len(values) if len(values) > 1 else 3))
+
+# %% ../nbs/12_parameters.ipynb #import-5
+def named_sources(name: str, value) -> list[str]:
+    "Names of sources or inversion methods; none where the text is empty."
+    return [part for part in names(name, value) if part]
+
+
+def minutes(name: str, value) -> float:
+    "A number of minutes; 0 is the default."
+    return weight(name, value) or 0.0
+
+
+def few_images(name: str, value) -> str:
+    "An empty text, or a file or folder that is there."
+    return existing_path(name, value) if text(name, value) else ""
+
+
+def teacher_file(name: str, value) -> str:
+    "A teacher's file."
+    if not text(name, value).endswith(".safetensors"):
+        invalid(name, value, "it must be a .safetensors file that run_import or run_teacher wrote")
+    return existing_path(name, value)
+
+
+@dataclass(frozen=True)
+class RunDatafree:
+    "Parameters of `run_datafree`."
+
+    own = {"teacher": teacher_file, "student": lambda name, value: model(name, value) if value else "", "minutes": minutes}
+    own |= {"sources": named_sources, "few": few_images, "dataset": dataset_or_empty, "output": folder_or_empty}
+    own |= {"photographs": dataset_or_empty}
+    teacher: str
+    student: str
+    minutes: float
+    images: int
+    sources: list[str]
+    photographs: str
+    few: str
+    dataset: str
+    output: str
+    seed: int
+    device: str
+    precision: str
+    record: str
+    __post_init__, record_path, recorded = Run.__post_init__, Run.record_path, Run.recorded
+
+    def check(self) -> None:
+        "Refuse values that do not go together."
+        if not self.output:
+            invalid("output", "", "it must be a folder for the student")
+        writable("record", self.record_path("run"), folder=False)
 
 # %% ../nbs/12_parameters.ipynb #cell-30
 def parameters(

@@ -64,7 +64,7 @@ def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classif
         return load_classifier(path, device)
     except ValueError as error:
         problem = str(error)
-    invalid("teacher", Path(path).name, f"it must be weights that run_teacher wrote ({problem})")
+    invalid("teacher", Path(path).name, f"it must be weights that run_teacher or run_import wrote ({problem})")
 
 # %% ../nbs/13_runs.ipynb #cell-41b
 def as_teacher_takes(splits: Splits, spec: ModelSpec) -> Splits:
@@ -148,23 +148,28 @@ def scored(results: dict[str, MethodResult], test: ImageSet) -> dict:
     return found | ({"probe": test.provenance["dataset"]} if measure == "agreement" else {})
 
 # %% ../nbs/13_runs.ipynb #cell-50
-def given_set(run, train: ImageSet) -> ImageSet:
-    "The condensed set in the file that `condenser` names; refused if it is not of `train`'s kind."
-    given, name = read_condensed(run, train), Path(run.condenser).name
+def given_set(
+    path: str,
+    train: ImageSet,  # what it must be like
+    normalisation: str = "auto",  # of a published file
+    parameter: str = "condenser",  # what the user calls it
+) -> ImageSet:
+    "The condensed set in a file, or a folder's few images; refused if it is not of `train`'s kind."
+    given, name = read_condensed(path, train, normalisation, parameter), Path(path).name
     for what in ("channels", "size", "num_classes"):
         has, wanted = getattr(given, what), getattr(train, what)
         if has != wanted:
-            invalid("condenser", name, f"its {what}, {has}, must be that of dataset, {wanted}")
+            invalid(parameter, name, f"its {what}, {has}, must be that of dataset, {wanted}")
     if other := [pair for pair in zip(given.classes, train.classes, strict=True) if pair[0] != pair[1]]:
-        invalid("condenser", name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}")
+        invalid(parameter, name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}")
     return given
 
 
-def read_condensed(run, train: ImageSet) -> ImageSet:
+def read_condensed(path: str, train: ImageSet, normalisation: str, parameter: str) -> ImageSet:
     "The set in a file, or the few real images of a folder with one of its own for each class, in `train`'s order."
-    if not Path(run.condenser).is_dir():
-        return load_condensed(run.condenser, train, run.normalisation)
-    images = load_images(run.condenser, train.size, "condenser")
+    if not Path(path).is_dir():
+        return load_condensed(path, train, normalisation)
+    images = load_images(path, train.size, parameter)
     return replace(_fitted(images, train), mean=train.mean, std=train.std)
 
 
@@ -172,7 +177,7 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
     "The condensed set a run asks for: made (or from the cache) by name, or read from a file."
     if run.condenser in CONDENSERS:
         return condense(run.condenser, train, run.ipc, run.seed, iterations, fabric)
-    return on_device(given_set(run, train), fabric)
+    return on_device(given_set(run.condenser, train, run.normalisation), fabric)
 
 # %% ../nbs/13_runs.ipynb #cell-52
 def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what comes back
@@ -180,7 +185,7 @@ def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what
     if run.condenser in CONDENSERS:
         check_condenser(run.condenser, train, run.ipc, getattr(run, "iterations", 0))
     else:
-        run = replace(run, ipc=max(1, len(given_set(run, train)) // train.num_classes))
+        run = replace(run, ipc=max(1, len(given_set(run.condenser, train, run.normalisation)) // train.num_classes))
     if "random" in getattr(run, "arms", ()):
         check_condenser("random", train, run.ipc, 0)
     return run
