@@ -20,7 +20,7 @@ from condexp.foreign import from_torchscript, read_program
 from condexp.inversion import BatchNormHooks
 from condexp.models import Classifier, ModelSpec, create_backbone, fingerprint, freeze, from_spec, load_classifier
 from condexp.teachers import CONVENTIONS, card_figure, card_markdown, clean_weights, convention, doubted, import_teacher
-from condexp.teachers import likeliest, normalisation_distances, on_labels, small_resnet, teacher_card
+from condexp.teachers import likeliest, normalisation_distances, on_labels, our_names, teacher_card
 
 NAMES = ("cat", "dog", "owl")
 
@@ -156,7 +156,7 @@ def test_networks_for_small_images_under_other_names(x):
         for old, new in ((r"^body\.0", "conv1"), (r"^body\.1", "bn1"), ("downsample", "shortcut"), (r"^fc", "linear")):
             name = re.sub(old, new, name)
         renamed[name] = t
-    assert likeliest(clean_weights(small_resnet(renamed)))[0].name == "resnet18_cifar"
+    assert likeliest(clean_weights(our_names(renamed)))[0].name == "resnet18_cifar"
 
 
 def test_wide_resnets_under_other_names(x, tmp_path):
