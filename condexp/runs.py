@@ -298,11 +298,11 @@ def related_words(run: RunQuality, train: ImageSet) -> dict[str, Sequence[str]]:
     if not run.related:
         return {name: RELATED.get(name, (name,)) for name in train.classes}
     try:
-        table = {name: list(words) for name, words in json.loads(Path(run.related).read_text()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        invalid(
-            "related", Path(run.related).name, f"it must be JSON, a list of words for each class ({error})"
-        )
+        table = json.loads(Path(run.related).read_text())
+    except ValueError as error:
+        invalid("related", Path(run.related).name, f"it must be JSON ({error})")
+    if not isinstance(table, dict) or not all(isinstance(words, list) for words in table.values()):
+        invalid("related", Path(run.related).name, "it must be JSON, a list of words for each class")
     if unknown := sorted(set(table) - set(train.classes)):
         invalid("related", Path(run.related).name, f"dataset has no classes {', '.join(unknown)}")
     return table

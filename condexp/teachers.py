@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['INERT', 'STATE_DICT', 'NESTED', 'PREFIXES', 'LEFT_OVER', 'FAMILIES', 'MOST', 'BLOCK', 'TRANSFORMERS', 'CONVENTIONS',
-           'FAR', 'TIMES', 'file_kind', 'read_checkpoint', 'find_weights', 'Weights', 'strip_prefixes', 'clean_weights',
-           'Skeleton', 'network_of', 'default_size', 'skeleton', 'Fit', 'compare', 'candidates', 'image_size',
-           'likeliest', 'substitute', 'our_names', 'from_transformers', 'read_folder', 'read_safetensors',
+           'PROGRAMS', 'FAR', 'TIMES', 'file_kind', 'read_checkpoint', 'find_weights', 'Weights', 'strip_prefixes',
+           'clean_weights', 'Skeleton', 'network_of', 'default_size', 'skeleton', 'Fit', 'compare', 'candidates',
+           'image_size', 'likeliest', 'substitute', 'our_names', 'from_transformers', 'read_folder', 'read_safetensors',
            'file_classes', 'ordered_names', 'convention', 'normalisation', 'class_list', 'named_architectures',
            'renamed', 'choose_architecture', 'refuse_architecture', 'Imported', 'read_weights', 'from_weights', 'fill',
-           'from_program', 'program_notes', 'program_file', 'own_file', 'import_teacher', 'neutral_images',
-           'batch_norms', 'first_input', 'statistics_distance', 'normalisation_distances', 'doubted', 'logits_of',
-           'on_noise', 'best_order', 'on_labels', 'multiply_adds', 'TeacherCard', 'teacher_card', 'card_markdown',
-           'card_figure']
+           'from_program', 'program_notes', 'existing', 'program_file', 'own_file', 'import_teacher', 'neutral_images',
+           'batch_norms', 'first_input', 'statistics_distance', 'normalised_by', 'normalisation_distances', 'doubted',
+           'logits_of', 'on_noise', 'best_order', 'on_labels', 'multiply_adds', 'TeacherCard', 'teacher_card',
+           'card_markdown', 'card_figure']
 
 # %% ../nbs/14_teachers.ipynb #cell-02
 import argparse
@@ -55,7 +55,9 @@ from condexp.models import (
     from_spec,
     load_classifier,
 )
+from .inversion import batchnorm_layers
 from .models import save_classifier
+from .quality import normalised_entropy
 
 # %% ../nbs/14_teachers.ipynb #cell-05
 def file_kind(path: Path) -> str:
@@ -134,7 +136,8 @@ def find_weights(
     tensors = {name: t for name, t in content.items() if isinstance(name, str) and isinstance(t, Tensor)}
     if any(t.ndim > 1 for t in tensors.values()):
         return tensors, where
-    keys = [k for k in NESTED if k in content] + [k for k in content if k not in NESTED]
+    others = [k for k in content if k not in NESTED and "optim" not in str(k)]  # an optimizer's state
+    keys = [k for k in NESTED if k in content] + others
     found = (find_weights(content[key], f"{where}.{key}".strip(".")) for key in keys)
     return next((inside for inside in found if inside[0]), ({}, where))
 
@@ -281,46 +284,48 @@ def compare(weights: Weights, name: str, size: int) -> Fit:
 
 # %% ../nbs/14_teachers.ipynb #cell-21
 FAMILIES = (  # a name of weights; how names of architectures begin, the likeliest first; whose these are
-    (r"^body\.0\.", "", "ours"),
-    (r"^layer1\.0\.", "resnet|resnext|wide_resnet|seresne|ecaresne|resnest|skresne|gluon|res2", "timm"),
-    (r"^features\.denseblock1\.", "densenet", "timm"),
+    (r"^body\.0\.", [""], "ours"),
     (
-        r"^features\.\d+\.0\.weight|^features\.\d+\.conv",
-        "mobilenet|efficientnet|convnext|swin",
-        "torchvision",
-    ),
-    (r"^features\.\d+\.weight", "vgg|alexnet|squeezenet", "both"),
-    (
-        r"^conv_stem\.",
-        "mobilenetv2|mobilenetv3|efficientnet_|tf_|mnasnet|lcnet|fbnet|ghostnet|mobilenet",
+        r"^layer1\.0\.",
+        "resnet resnext wide_resnet seresne ecaresne resnest skresne gluon res2".split(),
         "timm",
     ),
-    (r"^blocks\.0\.attn\.qkv", "vit_|deit_|deit3|beit", "timm"),
-    (r"^conv_proj\.", "vit_", "torchvision"),
-    (r"^stages\.0\.blocks\.0\.(conv_dw|dwconv)", "convnext_|convnextv2|convnext", "timm"),
-    (r"^stages\.0\.blocks\.0\.conv1", "resnetv2|darknet", "timm"),
-    (r"^layers\.0\.blocks\.0\.attn\.(qkv|relative)", "swin_|swin", "timm"),
-    (r"^stem\.conv\.", "regnet|repvgg|res", "timm"),
-    (r"^trunk_output\.", "regnet", "torchvision"),
-    (r"^stage2\.", "shufflenet", "torchvision"),
-    (r"^layers\.0\.weight", "mnasnet", "torchvision"),
-    (r"^Conv2d_1a|^conv1\.conv\.", "inception_v3|googlenet", "both"),
+    (r"^features\.denseblock1\.", ["densenet"], "timm"),
+    (
+        r"^features\.\d+\.0\.weight|^features\.\d+\.conv",
+        ["mobilenet", "efficientnet", "convnext", "swin"],
+        "torchvision",
+    ),
+    (r"^features\.\d+\.weight", ["vgg", "alexnet", "squeezenet"], "both"),
+    (
+        r"^conv_stem\.",
+        "mobilenetv2 mobilenetv3 efficientnet_ tf_ mnasnet lcnet fbnet ghostnet mobilenet".split(),
+        "timm",
+    ),
+    (r"^blocks\.0\.attn\.qkv", ["vit_", "deit_", "deit3", "beit"], "timm"),
+    (r"^conv_proj\.", ["vit_"], "torchvision"),
+    (r"^stages\.0\.blocks\.0\.(conv_dw|dwconv)", ["convnext_", "convnextv2", "convnext"], "timm"),
+    (r"^stages\.0\.blocks\.0\.conv1", ["resnetv2", "darknet"], "timm"),
+    (r"^layers\.0\.blocks\.0\.attn\.(qkv|relative)", ["swin_", "swin"], "timm"),
+    (r"^stem\.conv\.", ["regnet", "repvgg", "res"], "timm"),
+    (r"^trunk_output\.", ["regnet"], "torchvision"),
+    (r"^stage2\.", ["shufflenet"], "torchvision"),
+    (r"^layers\.0\.weight", ["mnasnet"], "torchvision"),
+    (r"^Conv2d_1a|^conv1\.conv\.", ["inception_v3", "googlenet"], "both"),
 )
 
 # %% ../nbs/14_teachers.ipynb #cell-22
 def candidates(tensors: dict[str, Tensor]) -> list[str]:
     "Architectures whose weights may have such names, the likeliest first."
-    of = {"ours": SMALL_MODELS, "torchvision": torchvision_names(), "timm": timm.list_models()}
+    of = {"ours": SMALL_MODELS, "torchvision": torchvision_names()}
+    of["timm"] = [name for name in timm.list_models() if name not in SMALL_MODELS]
     of["both"] = of["timm"] + of["torchvision"]
-    found: dict[str, int] = {}
+    found: dict[str, int] = {}  # architecture -> the place of its beginning
     for pattern, begins, whose in FAMILIES:
         if any(re.match(pattern, name) for name in tensors):
-            for place, word in enumerate(begins.split("|")):
-                for name in of[whose]:
-                    if name.removeprefix(TORCHVISION).startswith(word) and (whose == "ours") == (
-                        name in SMALL_MODELS
-                    ):
-                        found.setdefault(name, place)
+            for place, word in enumerate(begins):
+                alike = [name for name in of[whose] if name.removeprefix(TORCHVISION).startswith(word)]
+                found = dict.fromkeys(alike, place) | found
     return sorted(found, key=lambda name: (*_unlike(name, tensors), found[name], len(name), name))
 
 
@@ -829,6 +834,16 @@ def program_notes(backbone: Program) -> list[str]:
     return notes + [f"last layer {backbone.classifier}" if backbone.classifier else lost]
 
 # %% ../nbs/14_teachers.ipynb #cell-f5fb71
+PROGRAMS = ("torchscript", "program", "onnx")  # kinds of file
+
+
+def existing(path: str | Path) -> Path:
+    "The path, if there is something."
+    if not Path(path).exists():
+        invalid("weights", str(path), "there is no such file or folder")
+    return Path(path)
+
+
 def program_file(path: Path, kind: str, size: int, channels: int) -> bytes | nn.Module:
     "What a program's file holds, as `from_program` takes it."
     if kind == "program":
@@ -845,10 +860,25 @@ def program_file(path: Path, kind: str, size: int, channels: int) -> bytes | nn.
         invalid("weights", path.name, str(error))
 
 
-def own_file(path: Path, classes: tuple[str, ...], mean: Any, std: Any) -> Imported:
+def own_file(
+    path: Path,
+    architecture: str,
+    classes: tuple[str, ...],
+    size: int,
+    channels: int,
+    mean: Any,
+    std: Any,
+) -> Imported:
     "A teacher file of this library, with other names or another normalisation if they are given."
     model, _ = load_classifier(path)
     spec = model.spec
+    for what, asked, own in (
+        ("architecture", architecture, spec.name),
+        ("size", size, spec.size),
+        ("channels", channels, spec.channels),
+    ):
+        if asked and asked != own:
+            invalid(what, asked, f"the teacher file says {own}")
     names = _classes(classes, spec.classes, len(spec.classes))[0]
     how = normalisation(mean, std, spec.channels) if mean != "" or std != "" else (spec.mean, spec.std, [])
     spec = replace(spec, classes=names, mean=how[0], std=how[1])
@@ -865,28 +895,21 @@ def import_teacher(
     std: Any = "",
 ) -> Imported:
     "Bring a teacher: whatever the file is, a frozen `Classifier` with notes; a refusal is one sentence."
-    names = class_list(classes)
-    if callable(weights):
-        return from_program(
-            weights, names, size, channels, mean, std, getattr(weights, "__name__", type(weights).__name__)
-        )
+    asked = class_list(classes), size, channels, mean, std
+    kind = "callable" if callable(weights) else file_kind(existing(weights))
+    if architecture and kind in ("callable", *PROGRAMS):
+        invalid("architecture", architecture, "a whole program has none by name: leave it empty")
+    if kind == "callable":
+        return from_program(weights, *asked, name=getattr(weights, "__name__", type(weights).__name__))
     path = Path(weights)
-    if not path.exists():
-        invalid("weights", str(weights), "there is no such file or folder")
-    kind = file_kind(path)
-    if kind in ("torchscript", "program", "onnx"):
-        return from_program(
-            program_file(path, kind, size, channels or 3), names, size, channels, mean, std, path.name
-        )
+    if kind in PROGRAMS:
+        return from_program(program_file(path, kind, size, channels or 3), *asked, name=path.name)
     if kind == "":
-        invalid(
-            "weights",
-            path.name,
-            "it is no network (weights of torch, safetensors, TorchScript, torch.export, ONNX, a hub folder)",
-        )
+        known = "weights of torch, safetensors, TorchScript, torch.export, ONNX, a hub folder"
+        invalid("weights", path.name, f"it is no network ({known})")
     if kind == "safetensors" and "condexp" in read_safetensors(path)[1]:
-        return own_file(path, names, mean, std)
-    return from_weights(read_weights(path, kind), architecture, names, size, channels, mean, std)
+        return own_file(path, architecture, *asked)
+    return from_weights(read_weights(path, kind), architecture, *asked)
 
 # %% ../nbs/14_teachers.ipynb #cell-48
 @functools.lru_cache(maxsize=8)
@@ -914,12 +937,8 @@ def neutral_images(channels: int, size: int, n: int = 96) -> dict[str, Float[Ten
 # %% ../nbs/14_teachers.ipynb #cell-49
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     "The BatchNorm layers that have learned statistics."
-    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
-    return [
-        m
-        for m in layers
-        if m.running_mean.any() or not torch.allclose(m.running_var, torch.ones_like(m.running_var))
-    ]
+    fresh = lambda m: not m.running_mean.any() and bool((m.running_var == 1).all())
+    return [m for m in batchnorm_layers(model) if not fresh(m)]
 
 
 @torch.no_grad()
@@ -952,6 +971,14 @@ def statistics_distance(
     return float(distance.log1p().mean())
 
 # %% ../nbs/14_teachers.ipynb #cell-50
+def normalised_by(
+    model: Classifier, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Classifier:
+    "The same network under another normalisation."
+    spec = replace(model.spec, mean=mean, std=std)
+    return Classifier(spec, model.backbone).to(model.mean.device).eval()
+
+
 def normalisation_distances(model: Classifier) -> dict[str, float]:
     "Distance under the stated normalisation and each convention; empty without BatchNorm."
     if not (layers := batch_norms(model)):
@@ -959,10 +986,7 @@ def normalisation_distances(model: Classifier) -> dict[str, float]:
     spec, device = model.spec, model.mean.device
     images = [x.to(device) for x in neutral_images(spec.channels, spec.size).values()]
     ways = {"stated": (spec.mean, spec.std)} | {name: convention(name, spec.channels) for name in CONVENTIONS}
-    under = {
-        name: Classifier(replace(spec, mean=m, std=s), model.backbone).to(device).eval()
-        for name, (m, s) in ways.items()
-    }
+    under = {name: normalised_by(model, m, s) for name, (m, s) in ways.items()}
     return {name: min(statistics_distance(way, layers, x) for x in images) for name, way in under.items()}
 
 
@@ -987,8 +1011,7 @@ def logits_of(model: Classifier, x: Float[Tensor, "n c h w"], batch: int = 128) 
 def on_noise(model: Classifier) -> dict[str, float]:
     "Of a teacher's answers to noise: mean largest probability, entropy of predicted classes (1: all alike)."
     logits = logits_of(model, neutral_images(model.spec.channels, model.spec.size)["noise"])
-    shares = torch.bincount(logits.argmax(1), minlength=logits.shape[1]).double() / len(logits)
-    entropy = float(torch.special.entr(shares).sum() / math.log(logits.shape[1]))
+    entropy = normalised_entropy(torch.bincount(logits.argmax(1), minlength=logits.shape[1]))
     return {"top probability": float(logits.softmax(1).amax(1).mean()), "entropy of classes": entropy}
 
 # %% ../nbs/14_teachers.ipynb #cell-71c0c3
@@ -1014,15 +1037,13 @@ def on_labels(model: Classifier, images: ImageSet, most: int = 2000) -> dict[str
             )
     index = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most]
     x, y = images.batch(index), images.hard_labels[index]
-    right = lambda m, n: 100 * float((logits_of(m, x[:n]).argmax(1) == y[:n]).float().mean())
-    order, permuted = best_order(logits_of(model, x).argmax(1), y, len(spec.classes))
-    ways = {name: convention(name, spec.channels) for name in CONVENTIONS}
-    under = {
-        n: right(Classifier(replace(spec, mean=m, std=s), model.backbone).to(model.mean.device).eval(), 500)
-        for n, (m, s) in ways.items()
-    }
+    predicted, n = logits_of(model, x).argmax(1), 500  # as many for each normalisation
+    percent = lambda chosen: 100 * float((chosen == y[: len(chosen)]).float().mean())
+    order, permuted = best_order(predicted, y, len(spec.classes))
+    ways = {name: normalised_by(model, *convention(name, spec.channels)) for name in CONVENTIONS}
+    under = {name: percent(logits_of(way, x[:n]).argmax(1)) for name, way in ways.items()}
     return {
-        "accuracy": right(model, most),
+        "accuracy": percent(predicted),
         "permuted": permuted,
         "order": order,
         "under": under,
