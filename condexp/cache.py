@@ -369,7 +369,7 @@ def locked(
 
 # %% ../nbs/00_cache.ipynb #lock-03
 def sweep(path: Path) -> None:
-    "Remove what was half written of the entry at `path`, and its checkpoint if it is complete; under the lock."
+    "Remove what was half written of the entry at `path`, and its checkpoint if it is complete; locked."
     for left in _leftovers(path):
         left.unlink(missing_ok=True)
 
