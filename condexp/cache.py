@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['invalid', 'check_choice', 'check_int', 'cache_dir', 'plain', 'syntax', 'code_hash', 'source_hash', 'code_of',
-           'config_hash', 'defaults_of', 'write_atomic', 'save_tensors', 'Damaged', 'load_tensors', 'Checkpoint',
-           'check_writable', 'locked', 'sweep', 'tidy', 'cached', 'NotebookBar', 'progress']
+           'config_hash', 'write_atomic', 'save_tensors', 'Damaged', 'load_tensors', 'Checkpoint', 'check_writable',
+           'locked', 'sweep', 'tidy', 'cached', 'NotebookBar', 'progress']
 
 # %% ../nbs/00_cache.ipynb #cell-02
 import ast
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock, Timeout
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 # %% ../nbs/00_cache.ipynb #cell-30
-def invalid(name: str, value: Any, allowed: str) -> None:
+def invalid(name: str, value: Any, allowed: str) -> NoReturn:
     "Raise the `ValueError` that every refusal of a parameter is."
     raise ValueError(f"{name} is {value!r}, but {allowed}")
 
@@ -229,16 +229,6 @@ def config_hash(
     "A name for what `config` produces."
     return _hash(plain(config))
 
-# %% ../nbs/00_cache.ipynb #cell-10
-def defaults_of(
-    maker: Callable,  # a function, or a class, whose bases count as well
-) -> dict:  # plain values: numbers, strings, tuples
-    "What a function or a class takes where nothing is said."
-    above = reversed(inspect.getmro(maker)[:-1]) if inspect.isclass(maker) else [maker]
-    kinds = [kind for kind in above if "__init__" in vars(kind) or kind is maker]
-    parameters = (p for kind in kinds for p in inspect.signature(kind).parameters.values())
-    return {p.name: p.default for p in parameters if type(p.default) in (int, float, str, bool, tuple)}
-
 # %% ../nbs/00_cache.ipynb #cell-13
 def write_atomic(
     path: Path,  # where the file shall be
@@ -321,7 +311,8 @@ class Checkpoint:
             return torch.load(self.path, map_location="cpu", weights_only=True)
         except Exception as error:
             problem = str(error).partition("\n")[0]
-            warnings.warn(f"{self.path} is damaged ({problem}): it is removed, the work begins again", stacklevel=2)
+            what = f"{self.path} is damaged ({problem}): it is removed, the work begins again"
+            warnings.warn(what, stacklevel=2)
             return self.remove()
 
     def save(
@@ -378,7 +369,7 @@ def locked(
 
 # %% ../nbs/00_cache.ipynb #lock-03
 def sweep(path: Path) -> None:
-    "Remove what was half written of the entry at `path`, and its checkpoint if it is complete; needs the lock."
+    "Remove what was half written of the entry at `path`, and its checkpoint if it is complete; locked."
     for left in _leftovers(path):
         left.unlink(missing_ok=True)
 
@@ -438,4 +429,5 @@ class NotebookBar(tqdm):
 def progress(items: Iterable | None, description: str, **kwargs) -> tqdm:
     "A bar over `items`, or for `total` steps, with the time left; `leave=False` removes it when done."
     in_notebook = getattr(get_ipython(), "kernel", None) is not None
-    return (NotebookBar if in_notebook else tqdm)(items, desc=description, mininterval=0.5, ncols=90, **kwargs)
+    kind = NotebookBar if in_notebook else tqdm
+    return kind(items, desc=description, mininterval=0.5, ncols=90, **kwargs)

@@ -144,9 +144,7 @@ def restore_layers(graph: fx.GraphModule) -> fx.GraphModule:
                 node.replace_all_uses_with(graph.graph.call_module(name, (node.args[0],)))
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
-    restored = fx.GraphModule(
-        graph, graph.graph
-    ).eval()  # unlike torch.export's own it can be trained and frozen
+    restored = fx.GraphModule(graph, graph.graph).eval()  # unlike torch.export's own it can be frozen
     for module in restored.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, buffer.detach())  # some are views of weights, which cannot be copied

@@ -240,7 +240,7 @@ register_small("plane_cifar", plane_body)
 class ModelSpec:
     "All that is needed to build a classifier again, but for its weights. What cannot be one is refused."
 
-    name: str  # what timm.create_model calls the architecture
+    name: str  # of the architecture, as `create_backbone` takes it
     classes: tuple[str, ...]
     channels: int
     size: int  # pixels
@@ -256,7 +256,7 @@ class ModelSpec:
 
 # %% ../nbs/02_models.ipynb #cell-27
 def create_backbone(name: str, num_classes: int, channels: int, size: int) -> nn.Module:
-    "A randomly initialised timm model, or torchvision's; those whose weights depend on the image size are told it."
+    "A randomly initialised model; those whose weights depend on the image size are told it."
     if is_foreign(name):
         return foreign_backbone(name, num_classes, channels, size)
     options = dict(num_classes=num_classes, in_chans=channels)
@@ -280,7 +280,7 @@ def capture_activations(layer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]
 
 # %% ../nbs/02_models.ipynb #cell-31
 class Classifier(nn.Module):
-    "A timm model that takes images in [0, 1] and knows what its outputs mean."
+    "A network that takes images in [0, 1] and knows what its outputs mean."
 
     def __init__(self, spec: ModelSpec, backbone: nn.Module):
         super().__init__()
@@ -315,7 +315,7 @@ class Classifier(nn.Module):
 
 # %% ../nbs/02_models.ipynb #cell-32
 def make_classifier(
-    name: str,  # any timm model, ours among them
+    name: str,  # one of `model_names()`
     images: ImageSet,  # gives classes, channels, size and normalisation
 ) -> Classifier:
     "A new classifier for sets like `images`, its weights drawn from torch's global random state."
@@ -420,7 +420,7 @@ def check_model(
         if str(name).endswith(TORCH_SUFFIXES):
             invalid(parameter, name, how_to_bring(name))
         close = difflib.get_close_matches(str(name), names, 3, 0.5) or SMALL_MODELS[:3]
-        allowed = "it must be a model of ours or timm's (condexp.models.model_names() lists them)"
+        allowed = "it must be a model of timm, torchvision or ours (condexp.models.model_names() lists them)"
         invalid(parameter, name, f"{allowed}, for example {', '.join(close)}")
     if size and not accepts_input(name, channels, size):
         minimum = smallest_accepted_size(name, channels, size)

@@ -7,7 +7,7 @@ __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER'
            'PAPER_LABELS', 'CONTRASTS', 'TABLE', 'environment', 'commit_of', 'peak_memory', 'write_record', 'json_safe',
            'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text', 'read_records', 'plus_minus',
            'paired', 'best_baseline', 'describe_scale', 'paired_table', 'plot_students', 'plot_discriminators',
-           'tsne_plane', 'plot_tsne', 'plot_methods', 'chance_gap', 'scores', 'agreement_in_words', 'sets_in_words',
+           'tsne_plane', 'plot_tsne', 'plot_methods', 'scores', 'agreement_in_words', 'sets_in_words', 'chance_gap',
            'in_words', 'fair_frechet', 'method_table', 'wilson', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
@@ -42,7 +42,9 @@ def environment(fabric: Fabric) -> dict:
     return dict(
         python=platform.python_version(),
         **{name: version(name) for name in ("condexp", "torch", "torchvision", "timm")},
-        device=torch.cuda.get_device_name(fabric.device) if cuda else f"CPU, threads: {torch.get_num_threads()}",
+        device=torch.cuda.get_device_name(fabric.device)
+        if cuda
+        else f"CPU, threads: {torch.get_num_threads()}",
         precision=precision_of(fabric),
         peak_memory_mb=peak_memory(fabric),
         commit=commit_of(Path(condexp.__file__)),
@@ -68,7 +70,9 @@ def peak_memory(fabric: Fabric) -> int:  # megabytes; 0 where the system does no
         return 0
     import resource  # Windows has none
 
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+    return round(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    )
 
 # %% ../nbs/11_records.ipynb #cell-08
 def write_record(
@@ -110,7 +114,9 @@ def json_safe(value):
 # %% ../nbs/11_records.ipynb #cell-10
 def curves(history: list[dict]) -> list[dict]:
     "A history with five significant digits: enough to draw, and half as long in a record."
-    return [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()} for entry in history]
+    return [
+        {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()} for entry in history
+    ]
 
 # %% ../nbs/11_records.ipynb #cell-13a
 OLD_KEYS = {  # in records made before November 2026 -> now
@@ -138,7 +144,9 @@ OLD_FEW = {"gradient_penalty": "conditional_few", "spectral": "spectral_few", "m
 # %% ../nbs/11_records.ipynb #cell-13b
 def told(name: str, weights: dict[str, float]) -> str:
     "A name with the weights that it was given: `fast (bn 0)`."
-    return f"{name} ({', '.join(f'{term} {w:g}'.strip() for term, w in weights.items())})" if weights else name
+    return (
+        f"{name} ({', '.join(f'{term} {w:g}'.strip() for term, w in weights.items())})" if weights else name
+    )
 
 
 def today(record: dict) -> dict:
@@ -146,7 +154,9 @@ def today(record: dict) -> dict:
     renamed = {k: {n: _today(row) for n, row in record.get(k, {}).items()} for k in ("quality", "distances")}
     for row in renamed["distances"].values():
         row |= {"intended_accuracy": row.pop("agreement")} if "agreement" in row else {}
-    config = {k: OLD_VALUES.get(k, {}).get(v, v) if isinstance(v, str) else v for k, v in record["config"].items()}
+    config = {
+        k: OLD_VALUES.get(k, {}).get(v, v) if isinstance(v, str) else v for k, v in record["config"].items()
+    }
     inversion, *weights = str(config.get("inversion", "")).split(",")  # once "fast,bn:0"
     given = dict(w.split(":") for w in weights) | (config.get("term_weights") or {})
     if inversion:
@@ -159,8 +169,8 @@ def _today(row: dict) -> dict:
 
 # %% ../nbs/11_records.ipynb #cell-13c
 def alignment_name(name: str, config: dict) -> str:
-    "What an alignment of a record is called: `conditional (0.3)`, where a weight was given; other sets have their names."
-    kind, _, weight = name.partition(":")  # once "conditional:0.3", with other settings below five images per class
+    "What an alignment of a record is called: `conditional (0.3)`, where a weight was given."
+    kind, _, weight = name.partition(":")  # once "conditional:0.3", and other settings for few images
     if weight and config["ipc"] < 5:
         kind = OLD_FEW.get(kind, f"{OLD_ALIGNMENTS.get(kind, kind)}_few")
     elif weight:
@@ -172,9 +182,9 @@ def alignment_name(name: str, config: dict) -> str:
 def record_rows(record: dict, file: str) -> list[dict]:
     "A row for each accuracy of one record."
     record = today(record)
-    common, settings = record["config"] | dict(file=file, teacher_accuracy=record["teacher_accuracy"]), record["settings"]
+    common = record["config"] | dict(file=file, teacher_accuracy=record["teacher_accuracy"])
     common["asked"] = common.get("images")  # how many images were asked for: a set may have fewer
-    if settings:
+    if settings := record["settings"]:
         common |= dict(schedule=schedule_text(record), temperature=settings["temperature"])  # what 0 came to
     aligned, rows = "alignments" in common, []
     for name, value in record["accuracy"].items():
@@ -183,7 +193,8 @@ def record_rows(record: dict, file: str) -> list[dict]:
         measured = record["quality"].get(name, {}) | record["distances"].get(name, {})
         measured = {what: value for what, value in measured.items() if not isinstance(value, list)}
         asked = aligned and name not in METHOD_ORDER
-        rows.append(common | measured | own | {"set": alignment_name(name, common) if asked else name, "accuracy": value})
+        shown = alignment_name(name, common) if asked else name
+        rows.append(common | measured | own | {"set": shown, "accuracy": value})
     return rows
 
 
@@ -199,17 +210,23 @@ def schedule_text(record: dict) -> str:
 def read_records(
     folder: Path,  # read with its subfolders
     pattern: str = "*.json",  # of the files' names
-) -> pd.DataFrame:  # a row for each accuracy: its `set`, file, seed and parameters, images, steps, seconds, distances
+) -> pd.DataFrame:  # a row for each accuracy: `set`, file, parameters, images, steps, seconds, distances
     "All accuracies of the records under `folder`. `ValueError` if there is none."
     if not (paths := sorted(Path(folder).rglob(pattern))):
-        invalid("records", str(folder), f"no file in it is called {pattern!r}; reports/Snakefile makes records")
+        invalid(
+            "records", str(folder), f"no file in it is called {pattern!r}; reports/Snakefile makes records"
+        )
     return pd.DataFrame([row for p in paths for row in record_rows(json.loads(p.read_text()), p.name)])
 
 # %% ../nbs/11_records.ipynb #cell-15
-def plus_minus(table: pd.DataFrame, rows: list[str], columns: str = "set", value: str = "accuracy") -> pd.DataFrame:
-    "Mean ± standard deviation (of several) of `value` as text, by columns of `read_records`; a dash where there is nothing."
+def plus_minus(
+    table: pd.DataFrame, rows: list[str], columns: str = "set", value: str = "accuracy"
+) -> pd.DataFrame:
+    "Mean ± standard deviation (of several) of `value` as text; a dash where there is nothing."
     cells = table.groupby([*rows, columns], sort=False)[value].agg(["mean", "std", "count"])
-    text = cells.apply(lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}" if c["count"] > 1 else f"{c['mean']:.1f}", axis=1)
+    text = cells.apply(
+        lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}" if c["count"] > 1 else f"{c['mean']:.1f}", axis=1
+    )
     return text.unstack(columns).fillna("–")
 
 # %% ../nbs/11_records.ipynb #cell-18
@@ -218,11 +235,12 @@ def paired(
     method: str,  # a name in the column `set`
     baseline: str,
     value: str = "accuracy",
-) -> dict:  # difference (mean of method - baseline), error (standard), p (two-sided), wins (of how many seeds), seeds
+) -> dict:  # difference (mean of method - baseline), error (standard), p (two-sided), wins, seeds
     "A paired comparison over the seeds that both have. `ValueError` if there is none."
     from scipy.stats import ttest_rel  # slow to import, and needed by few
 
-    rows = table[table.set.isin([method, baseline])][["seed", "set", value]].drop_duplicates()  # a run in two records counts once
+    rows = table[table.set.isin([method, baseline])][["seed", "set", value]]
+    rows = rows.drop_duplicates()  # a run in two records counts once
     if rows.duplicated(["seed", "set"]).any():
         raise ValueError(f"a seed has several values of {value!r}: choose the runs of one setting")
     pairs = rows.pivot(index="seed", columns="set", values=value).reindex(columns=[method, baseline]).dropna()
@@ -233,8 +251,10 @@ def paired(
     return dict(difference=gap.mean(), error=gap.sem(), p=p, wins=int((gap > 0).sum()), seeds=n)
 
 # %% ../nbs/11_records.ipynb #cell-21
-def best_baseline(table: pd.DataFrame, method: str, baselines: Sequence[str], value: str = "accuracy") -> dict:
-    "`paired` of `method` with the best, by its mean, of those of `baselines` that are there; `baseline` is its name."
+def best_baseline(
+    table: pd.DataFrame, method: str, baselines: Sequence[str], value: str = "accuracy"
+) -> dict:
+    "`paired` of `method` with the best, by its mean, of the `baselines` that are there, and its name."
     means = table[table.set.isin(baselines)].groupby("set")[value].mean()
     return {"baseline": means.idxmax()} | paired(table, method, means.idxmax(), value)
 
@@ -250,14 +270,29 @@ def paired_table(
     tests: Sequence[dict],  # of `paired` or `best_baseline`, each with what tells it from the others
 ) -> Styler:
     "Paired tests as a table to read."
-    words = dict(difference="difference (points)", error="standard error", wins="wins (of n seeds)", seeds="n")
-    return pd.DataFrame(tests).rename(columns=words).style.format(precision=2).format("{:.4f}", subset=["p"]).hide()
+    words = dict(
+        difference="difference (points)", error="standard error", wins="wins (of n seeds)", seeds="n"
+    )
+    return (
+        pd.DataFrame(tests)
+        .rename(columns=words)
+        .style.format(precision=2)
+        .format("{:.4f}", subset=["p"])
+        .hide()
+    )
 
 # %% ../nbs/11_records.ipynb #cell-26
 METHOD_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "full")
-METHOD_COLOURS = dict(zip(METHOD_ORDER, ("#999999", "#E69F00", "#56B4E9", "#009E73", "#08306B", "#CC79A7"), strict=True))
+METHOD_COLOURS = dict(
+    zip(METHOD_ORDER, ("#999999", "#E69F00", "#56B4E9", "#009E73", "#08306B", "#CC79A7"), strict=True)
+)
 METHOD_MARKERS = dict(zip(METHOD_ORDER, "sDvoP^", strict=True))
-PAPER_LABELS = {"condensed": "CS", "inversion": "Fast", "mixed": "Fast + CS", "expanded": "Fast*"}  # Paper A's tables
+PAPER_LABELS = {  # of Paper A's tables
+    "condensed": "CS",
+    "inversion": "Fast",
+    "mixed": "Fast + CS",
+    "expanded": "Fast*",
+}
 
 # %% ../nbs/11_records.ipynb #cell-27
 def plot_students(
@@ -286,10 +321,19 @@ def plot_students(
 def plot_discriminators(histories: dict[str, list[dict]], title: str = "") -> Figure:
     "How often discriminators are right about condensed (real) and synthetic (fake) features, epoch by epoch."
     figure, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
-    for (name, history), colour in zip(histories.items(), sns.color_palette("colorblind", len(histories)), strict=True):
+    for (name, history), colour in zip(
+        histories.items(), sns.color_palette("colorblind", len(histories)), strict=True
+    ):
         for side, text, style in (("d_real", "condensed", "o-"), ("d_fake", "synthetic", "s--")):
             right = [100 * h[side] for h in history]
-            ax.plot([h["epoch"] for h in history], right, style, color=colour, label=f"{name}: on {text}", markersize=5)
+            ax.plot(
+                [h["epoch"] for h in history],
+                right,
+                style,
+                color=colour,
+                label=f"{name}: on {text}",
+                markersize=5,
+            )
     ax.axhline(50, color="0.4", linestyle=":", label="guessing")
     ax.set(xlabel="epoch", ylabel="discriminator is right (%)", ylim=(0, 103), title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -312,7 +356,9 @@ def tsne_plane(
 
         features = torch.cat([predict(teacher, s, fabric)[0] for s in sets.values()]).numpy()
         reduced = PCA(min(30, *features.shape), random_state=0).fit_transform(features)
-        return torch.tensor(TSNE(init="pca", perplexity=min(30, len(reduced) / 4), random_state=0).fit_transform(reduced))
+        return torch.tensor(
+            TSNE(init="pca", perplexity=min(30, len(reduced) / 4), random_state=0).fit_transform(reduced)
+        )
 
     def save(path, plane) -> None:
         save_tensors(path, {"plane": plane}, {})
@@ -328,19 +374,26 @@ def plot_tsne(
     most: int = 400,  # images of each set, evenly taken
 ) -> Figure:
     "Teacher features of several sets in one t-SNE plane: a panel a set, coloured by class."
-    thin = {name: s.subset(torch.linspace(0, len(s) - 1, min(most, len(s))).long().to(s.images.device)) for name, s in sets.items()}
+    thin = {
+        name: s.subset(torch.linspace(0, len(s) - 1, min(most, len(s))).long().to(s.images.device))
+        for name, s in sets.items()
+    }
     plane, (behind, first) = tsne_plane(thin, teacher, fabric), next(iter(thin.items()))
     columns = min(3, len(thin))
     rows = -(-len(thin) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.4 * columns, 3.3 * rows), squeeze=False, layout="constrained")
-    for ax in axes.flat[len(thin):]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(3.4 * columns, 3.3 * rows), squeeze=False, layout="constrained"
+    )
+    for ax in axes.flat[len(thin) :]:
         ax.remove()
     for ax, (name, s) in zip(axes.flat, thin.items(), strict=False):
         ax.scatter(*plane[behind].T, s=5, color="0.85")
         ax.scatter(*plane[name].T, s=7, color=_class_colours(s))
         ax.set(title=name, xticks=[], yticks=[])
     _name_classes(axes[0, 0], plane[behind], first)
-    figure.suptitle(f"Teacher features (t-SNE): colour is the class, grey are the {behind} images", fontsize=10)
+    figure.suptitle(
+        f"Teacher features (t-SNE): colour is the class, grey are the {behind} images", fontsize=10
+    )
     plt.close(figure)
     return figure
 
@@ -370,7 +423,9 @@ def plot_methods(
     "Accuracies of all methods: points are means, bars standard deviations over seeds."
     methods = [name for name in METHOD_ORDER if name in set(table.set)]
     height = 1.1 + 0.8 * table[y].nunique()
-    marks = dict(palette=METHOD_COLOURS, markers=[METHOD_MARKERS[m] for m in methods], linestyle="none", dodge=0.5)
+    marks = dict(
+        palette=METHOD_COLOURS, markers=[METHOD_MARKERS[m] for m in methods], linestyle="none", dodge=0.5
+    )
     bars = dict(errorbar="sd", capsize=0.08, err_kws={"linewidth": 1})
     shape = dict(kind="point", height=height, aspect=max(1.0, 4.2 / height), hue="set", hue_order=methods)
     data = table.assign(**{y: table[y].astype(str)})
@@ -381,12 +436,7 @@ def plot_methods(
     plt.close(grid.figure)
     return grid.figure
 
-# %% ../nbs/11_records.ipynb #cell-41
-def chance_gap(a: float, b: float, n: int) -> float:
-    "How far two accuracies in percent may lie apart by the choice of `n` test images (95 %, two independent proportions)."
-    return 196 * math.sqrt(sum(p * (1 - p) for p in (a / 100, b / 100)) / n)
-
-
+# %% ../nbs/11_records.ipynb #cell-41a
 def scores(record: dict) -> tuple[dict[str, float], str, str]:
     "(method or set -> percent, what it is, of which images): accuracies, or without data agreements."
     if record.get("agreement"):
@@ -395,15 +445,16 @@ def scores(record: dict) -> tuple[dict[str, float], str, str]:
 
 
 def agreement_in_words(record: dict) -> str:
-    "How often the students of one record agree with their teacher, on which images, and what that cannot say."
+    "How often students agree with their teacher, on which images, and what that cannot say."
     agreement, _, probe = scores(record)
     n, ranked = record["test_images"], sorted(agreement, key=agreement.get, reverse=True)
     interval = lambda percent: "{:.1f} to {:.1f}".format(*wilson(percent, n))
     students = ", ".join(f"`{name}` {agreement[name]:.1f} % ({interval(agreement[name])})" for name in ranked)
     return (
-        f"There is no data of the task. Student and teacher agree on this share of {n:,} {probe} (95 % interval): {students}. "
-        "No student has seen these images. The number ranks students. It is no accuracy: where the teacher is wrong, agreement "
-        "is wrong too, and images of the task may be easier or harder."
+        "There is no data of the task. Student and teacher agree on this share of "
+        f"{n:,} {probe} (95 % interval): {students}. "
+        "No student has seen these images. The number ranks students. It is no accuracy: where the teacher "
+        "is wrong, agreement is wrong too, and images of the task may be easier or harder."
     )
 
 
@@ -418,6 +469,11 @@ def sets_in_words(record: dict, student: str) -> str:
         found.append(f"Taught by `{name}` alone, `{student}` classifies {correct}.")
     return " ".join([*found, f"Its teacher classifies {record['teacher_accuracy']:.1f} % correctly."])
 
+# %% ../nbs/11_records.ipynb #cell-41
+def chance_gap(a: float, b: float, n: int) -> float:
+    "How far two accuracies in percent may lie apart by the choice of `n` test images (95 %)."
+    return 196 * math.sqrt(sum(p * (1 - p) for p in (a / 100, b / 100)) / n)
+
 
 def in_words(record: dict) -> str:
     "The scores of one record as a few sentences of Markdown."
@@ -427,10 +483,17 @@ def in_words(record: dict) -> str:
     accuracy, teacher, n = record["accuracy"], record["teacher_accuracy"], record.get("test_images")
     ranked = sorted(accuracy, key=accuracy.get, reverse=True)
     students = ", ".join(f"`{name}` {accuracy[name]:.1f} %" for name in ranked)
-    lines = [f"The teacher classifies {teacher:.1f} % of the test images correctly. From best to worst, the students: {students}."]
+    lines = [
+        f"The teacher classifies {teacher:.1f} % of the test images correctly. "
+        f"From best to worst, the students: {students}."
+    ]
     lines += _gaps_in_words(accuracy, n)
-    if n and "random" in accuracy and teacher - accuracy["random"] <= chance_gap(teacher, accuracy["random"], n):
-        lines.append("**This data cannot tell the methods apart**: the student of `random` images is within chance of the teacher.")
+    few = accuracy.get("random")
+    if n and few is not None and teacher - few <= chance_gap(teacher, few, n):
+        lines.append(
+            "**This data cannot tell the methods apart**: "
+            "the student of `random` images is within chance of the teacher."
+        )
     lines += _distances_in_words(record["distances"])
     return " ".join(lines) + " This is one seed: other seeds may differ by a point or two."
 
@@ -469,16 +532,20 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
     doubt = f" (the two sets without alignment differ by {chance:.1f})" if chance else ""
     intended = distances["expanded"]["intended_accuracy"]
     lines = [
-        f"In the teacher's features the aligned synthetic images lie {where} those without alignment: per-class Fréchet distance "
-        f"{b:.1f} against {a:.1f}{doubt}. The teacher assigns {intended:.0f} % of them to the intended class."
+        f"In the teacher's features the aligned synthetic images lie {where} those without alignment: "
+        f"per-class Fréchet distance {b:.1f} against {a:.1f}{doubt}. "
+        f"The teacher assigns {intended:.0f} % of them to the intended class."
     ]
     if (given := distances.get("condensed")) and given[few] > a:
-        lines.append("The condensed images lie farther from real ones than the synthetic ones do: alignment may lead away.")
+        lines.append(
+            "The condensed images lie farther from real ones than the synthetic ones do: "
+            "alignment may lead away."
+        )
     return lines
 
 
 def fair_frechet(distances: dict[str, dict[str, float]]) -> str:
-    "The Fréchet distance that compares all sets of a record: of ten images per class, or of one where a set has fewer."
+    "The Fréchet distance that all sets of a record have: of ten images per class, or of one."
     return "frechet_10" if all("frechet_10" in d for d in distances.values()) else "frechet_1"
 
 # %% ../nbs/11_records.ipynb #cell-45
@@ -496,20 +563,25 @@ TABLE = dict(  # entry of a record: column, format
 
 # %% ../nbs/11_records.ipynb #cell-46
 def method_table(record: dict) -> pd.DataFrame:
-    "The record's methods as a table of text: score, images, steps, distances of the synthetic set to real images."
+    "The record's methods as a table of text: score, images, steps, distances to real images."
     record = today(record)
     measure = "agreement" if record.get("agreement") else "accuracy"
     distances = record["distances"]
     hidden = {"frechet_10", "frechet_1"} - {fair_frechet(distances)}
     rows = {
-        name: {measure: value} | dict(images=record["images"][name], steps=record["steps"][name]) | distances.get(name, {})
+        name: {measure: value}
+        | dict(images=record["images"][name], steps=record["steps"][name])
+        | distances.get(name, {})
         for name, value in scores(record)[0].items()
     }
     label = lambda name: f"{name} ({PAPER_LABELS[name]})" if name in PAPER_LABELS else name
-    return pd.DataFrame({
-        column: {label(name): form.format(row[key]) if key in row else "–" for name, row in rows.items()}
-        for key, (column, form) in TABLE.items() if key not in hidden and any(key in row for row in rows.values())
-    })
+    return pd.DataFrame(
+        {
+            column: {label(name): form.format(row[key]) if key in row else "–" for name, row in rows.items()}
+            for key, (column, form) in TABLE.items()
+            if key not in hidden and any(key in row for row in rows.values())
+        }
+    )
 
 # %% ../nbs/11_records.ipynb #cell-47a
 def wilson(percent: float, n: int) -> tuple[float, float]:  # percent
@@ -520,14 +592,25 @@ def wilson(percent: float, n: int) -> tuple[float, float]:  # percent
 
 # %% ../nbs/11_records.ipynb #cell-47
 def plot_accuracies(record: dict) -> Figure:
-    "The methods' accuracies or agreements as dots with intervals, the teacher's as a line; the axis is cut to them."
+    "The methods' scores as dots with intervals, the teacher's accuracy as a line; the axis is cut to them."
     (accuracy, measure, of), n = scores(record), record.get("test_images")
     figure, ax = plt.subplots(figsize=(7.5, 1 + 0.36 * len(accuracy)), layout="constrained")
     for y, (name, value) in enumerate(accuracy.items()):
         low, high = wilson(value, n) if n else (value, value)
-        style = dict(color=METHOD_COLOURS.get(name, "0.4"), marker=METHOD_MARKERS.get(name, "o"), markersize=8)
-        ax.errorbar(value, y, xerr=[[max(0, value - low)], [max(0, high - value)]], linestyle="none", capsize=3, **style)
-        ax.annotate(f"{value:.1f}", (max(high, value), y), (6, 0), textcoords="offset points", va="center", fontsize=9)
+        style = dict(
+            color=METHOD_COLOURS.get(name, "0.4"), marker=METHOD_MARKERS.get(name, "o"), markersize=8
+        )
+        ax.errorbar(
+            value,
+            y,
+            xerr=[[max(0, value - low)], [max(0, high - value)]],
+            linestyle="none",
+            capsize=3,
+            **style,
+        )
+        ax.annotate(
+            f"{value:.1f}", (max(high, value), y), (6, 0), textcoords="offset points", va="center", fontsize=9
+        )
     if not record.get("agreement"):
         ax.axvline(record["teacher_accuracy"], color="0.3", linestyle=":")
         place = dict(textcoords="offset points", ha="right", fontsize=8)

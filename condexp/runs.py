@@ -25,13 +25,29 @@ from .data import ImageSet, Splits, load_images, load_splits, random_per_class, 
 from .discriminator import resolve_alignment
 from .inversion import INVERSIONS
 from .kd import METHODS, Distillation, MethodResult, measure_of, teacher_set
-from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, load_classifier, make_classifier
+from condexp.models import (
+    PENULTIMATE,
+    Classifier,
+    ModelSpec,
+    at_layer,
+    check_model,
+    load_classifier,
+    make_classifier,
+)
 from .models import save_classifier
 from .parameters import Run, RunBoundary, RunCondense, RunDistil, RunQuality, RunSurrogate, RunTeacher
 from .shaders import gl_context
 from .sources import SOURCES
 from .training import Schedule, accuracy, default_schedule, make_fabric, on_device, train_classifier
-from .transfer import RELATED, by_overlap, check_content, class_words, is_synthetic, overlap, read_settings
+from condexp.transfer import (
+    RELATED,
+    by_overlap,
+    check_content,
+    class_words,
+    is_synthetic,
+    overlap,
+    read_settings,
+)
 from .transfer import probe_set, source_settings, transfer_set
 
 # %% ../nbs/13_runs.ipynb #cell-39
@@ -42,7 +58,11 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
         gl_context()  # says what is missing, if it is
     named = getattr(run, "teacher", "")
     spec = read_teacher(named)[0].spec if named.endswith(".safetensors") else None
-    splits = load_splits(run.dataset, run.size or (spec.size if spec else 0)) if run.dataset else no_data(run, spec, fabric)
+    splits = (
+        load_splits(run.dataset, run.size or (spec.size if spec else 0))
+        if run.dataset
+        else no_data(run, spec, fabric)
+    )
     if spec and run.dataset:
         splits = as_teacher_takes(splits, spec)
     check_networks(run, splits.train, spec)
@@ -71,12 +91,16 @@ def as_teacher_takes(splits: Splits, spec: ModelSpec) -> Splits:
     "The data in the channels and in the class order of a teacher; the note says what was changed."
     train, changed = splits.train, []
     if train.channels == 1 and spec.channels > 1:
-        changed.append(f"Its grey images are shown in {spec.channels} equal channels, as the teacher takes them.")
+        changed.append(
+            f"Its grey images are shown in {spec.channels} equal channels, as the teacher takes them."
+        )
     if train.classes != spec.classes and set(train.classes) == set(spec.classes):
         changed.append("Its classes are in the teacher's order.")
     if not changed:
         return splits
-    return Splits(*(_fitted(images, spec) for images in splits[:2]), " ".join([splits.note, *changed]).strip())
+    return Splits(
+        *(_fitted(images, spec) for images in splits[:2]), " ".join([splits.note, *changed]).strip()
+    )
 
 
 def _fitted(images: ImageSet, spec: ModelSpec | ImageSet) -> ImageSet:
@@ -85,20 +109,26 @@ def _fitted(images: ImageSet, spec: ModelSpec | ImageSet) -> ImageSet:
         pixels = images.images.expand(-1, spec.channels, -1, -1).contiguous()
         images = replace(images, images=pixels, mean=same(images.mean), std=same(images.std))
     if images.classes != spec.classes and set(images.classes) == set(spec.classes):
-        places = torch.tensor([spec.classes.index(name) for name in images.classes], device=images.labels.device)
+        places = torch.tensor(
+            [spec.classes.index(name) for name in images.classes], device=images.labels.device
+        )
         images = replace(images, labels=places[images.labels], classes=spec.classes)
     return images
 
 # %% ../nbs/13_runs.ipynb #cell-43
-NO_DATA = "There is no data of the task. Student and teacher are compared on a probe: images inverted from the teacher by a method "
-NO_DATA += "that made none of the training images."
+NO_DATA = (
+    "There is no data of the task. Student and teacher are compared on a probe: "
+    "images inverted from the teacher by a method that made none of the training images."
+)
 
 
 def no_data(run: Run, spec: ModelSpec, fabric: Fabric) -> Splits:
     "Empty parts of the shape, classes and normalisation that a teacher was made for."
     if run.size not in (0, spec.size):
         invalid("size", run.size, f"without data it must be 0, or that of the teacher, {spec.size}")
-    nothing = replace(teacher_set(read_teacher(run.teacher)[0], fabric), provenance={"dataset": "data that is gone"})
+    nothing = replace(
+        teacher_set(read_teacher(run.teacher)[0], fabric), provenance={"dataset": "data that is gone"}
+    )
     return Splits(nothing, nothing, NO_DATA)
 
 
@@ -110,25 +140,32 @@ def with_probe(
     used: Collection[str],  # inversion methods that made images to learn from
 ) -> Splits:
     "The splits, and without data a probe in the place of the test images."
-    return splits if run.dataset else splits._replace(test=on_device(probe_set(teacher, fabric, used), fabric))
+    return (
+        splits if run.dataset else splits._replace(test=on_device(probe_set(teacher, fabric, used), fabric))
+    )
 
 # %% ../nbs/13_runs.ipynb #cell-45
 def truncate(value) -> str:
     "A long tuple cut to its length and first entries."
-    return f"({len(value)}: {', '.join(value[:4])}, ...)" if isinstance(value, tuple) and len(value) > 4 else str(value)
+    if not isinstance(value, tuple) or len(value) <= 4:
+        return str(value)
+    return f"({len(value)}: {', '.join(value[:4])}, ...)"
 
 
 def open_teacher(run: Run, splits: Splits, fabric: Fabric) -> tuple[Classifier, dict]:
-    "The teacher and its metadata (`accuracy` in percent, None if unknown): trained or cached by name, or read from a file."
+    "The teacher, by name or of a file, and its metadata (`accuracy` in percent, None if unknown)."
     if not run.teacher.endswith(".safetensors"):
         return train_classifier(run.teacher, splits, default_schedule(splits.train), 0, fabric)
     teacher, meta = read_teacher(run.teacher, fabric.device)
     for what in ("classes", "channels", "size"):
-        has, wanted = truncate(getattr(teacher.spec, what)), truncate(getattr(splits.train, what))
-        if getattr(teacher.spec, what) != getattr(splits.train, what):
-            gone = '; without data (-p dataset "") none are needed' if what == "classes" else ""
-            invalid("teacher", Path(run.teacher).name, f"its {what} {has} must be those of dataset, {wanted}{gone}")
-    measured = {"accuracy": accuracy(teacher, splits.test, fabric)} if len(splits.test) else {}  # the file's may be of others
+        has, wanted = getattr(teacher.spec, what), getattr(splits.train, what)
+        if has != wanted:
+            why = f"its {what} {truncate(has)} must be those of dataset, {truncate(wanted)}"
+            why += '; without data (-p dataset "") none are needed' if what == "classes" else ""
+            invalid("teacher", Path(run.teacher).name, why)
+    measured = {}
+    if len(splits.test):  # the file's may be of other images
+        measured["accuracy"] = accuracy(teacher, splits.test, fabric)
     return teacher.to(memory_format=torch.channels_last), {"seconds": 0.0, "accuracy": None} | meta | measured
 
 # %% ../nbs/13_runs.ipynb #cell-47
@@ -137,7 +174,10 @@ def validation_splits(run: RunDistil | RunCondense | RunSurrogate, splits: Split
     if run.evaluate == "test":
         return splits
     rest, held = validation_split(splits.train)
-    note = "Scored on a validation split: a tenth of the training images, which nothing but the teacher has seen."
+    note = (
+        "Scored on a validation split: a tenth of the training images, "
+        "which nothing but the teacher has seen."
+    )
     return Splits(rest, held, f"{splits.note} {note}".strip())
 
 # %% ../nbs/13_runs.ipynb #cell-48b
@@ -161,15 +201,17 @@ def given_set(
         if has != wanted:
             invalid(parameter, name, f"its {what}, {has}, must be that of dataset, {wanted}")
     if other := [pair for pair in zip(given.classes, train.classes, strict=True) if pair[0] != pair[1]]:
-        invalid(parameter, name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}")
+        invalid(
+            "condenser", name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}"
+        )
     return given
 
 
-def read_condensed(path: str, train: ImageSet, normalisation: str, parameter: str) -> ImageSet:
-    "The set in a file, or the few real images of a folder with one of its own for each class, in `train`'s order."
-    if not Path(path).is_dir():
-        return load_condensed(path, train, normalisation)
-    images = load_images(path, train.size, parameter)
+def read_condensed(run, train: ImageSet) -> ImageSet:
+    "The set in a file, or the few real images in a folder of class folders, in `train`'s order."
+    if not Path(run.condenser).is_dir():
+        return load_condensed(run.condenser, train, run.normalisation)
+    images = load_images(run.condenser, train.size, "condenser")
     return replace(_fitted(images, train), mean=train.mean, std=train.std)
 
 
@@ -181,7 +223,7 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
 
 # %% ../nbs/13_runs.ipynb #cell-52
 def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what comes back
-    "The run with the images per class that it will have: of a file, what it holds. Refuses what cannot be had, before any work."
+    "The run with the images per class that it will have (of a file, what it holds), or a refusal."
     if run.condenser in CONDENSERS:
         check_condenser(run.condenser, train, run.ipc, getattr(run, "iterations", 0))
     else:
@@ -194,10 +236,14 @@ def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what
 def describe_teacher(teacher: Classifier, meta: dict, splits: Splits) -> str:
     "The teacher, what it is for, and its accuracy where it is known, in Markdown."
     measured = "" if meta["accuracy"] is None else f", **{meta['accuracy']:.1f} %** of the test images"
-    return f"`{teacher.spec.name}` for {splits.train.provenance['dataset']}, {splits.train.size} px{measured}. {splits.note}"
+    train = splits.train
+    about = f"`{teacher.spec.name}` for {train.provenance['dataset']}, {train.size} px"
+    return f"{about}{measured}. {splits.note}"
 
 
-def method_sources(run: RunDistil, train: ImageSet, fabric: Fabric, methods: Sequence[str]) -> dict[str, ImageSet]:
+def method_sources(
+    run: RunDistil, train: ImageSet, fabric: Fabric, methods: Sequence[str]
+) -> dict[str, ImageSet]:
     "The transfer sets of some methods: `condensed`, `random`, `full`."
     needed = {METHODS[name].source for name in methods} - {""}
     make = dict(
@@ -209,13 +255,17 @@ def method_sources(run: RunDistil, train: ImageSet, fabric: Fabric, methods: Seq
 
 # %% ../nbs/13_runs.ipynb #cell-57
 def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
-    "What a run's transfer set is made of: the name of a source, or real images, or those of a saved set; refused if unreadable."
+    "What a run's transfer set is made of: the name of a source, or real images, or those of a saved set."
     if run.surrogate in SOURCES:
         read_settings(source_settings(run.surrogate, vars(run)))
         return run.surrogate
     images = real_source(run, train)
     if images.size != train.size:
-        invalid("surrogate", Path(run.surrogate).name, f"its size, {images.size}, must be that of dataset, {train.size}")
+        invalid(
+            "surrogate",
+            Path(run.surrogate).name,
+            f"its size, {images.size}, must be that of dataset, {train.size}",
+        )
     if run.images > len(check_content(images, "surrogate")):
         invalid("images", run.images, f"{Path(run.surrogate).name} has {len(images)}; 0 takes them all")
     return images
@@ -242,30 +292,37 @@ def part_of(run: RunQuality, train: ImageSet) -> ImageSet:
     chosen = by_overlap(images, list(found))[run.part == "out"]
     if not len(chosen):
         invalid("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
-    return replace(chosen, provenance=chosen.provenance | {"overlap": {words[name]: known for name, known in found.items()}})
+    return replace(
+        chosen,
+        provenance=chosen.provenance | {"overlap": {words[name]: known for name, known in found.items()}},
+    )
 
-
+# %% ../nbs/13_runs.ipynb #cell-57b
 def related_words(run: RunQuality, train: ImageSet) -> dict[str, Sequence[str]]:
-    "What names each of the teacher's classes in another set: of the JSON file `related`, or `RELATED`, or their own names."
+    "The words for each of the teacher's classes: of the file `related`, of `RELATED`, or their own names."
     if not run.related:
         return {name: RELATED.get(name, (name,)) for name in train.classes}
     try:
-        table = {name: list(words) for name, words in json.loads(Path(run.related).read_text()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        invalid("related", Path(run.related).name, f"it must be JSON, a list of words for each class ({error})")
+        table = json.loads(Path(run.related).read_text())
+    except ValueError as error:
+        invalid("related", Path(run.related).name, f"it must be JSON ({error})")
+    if not isinstance(table, dict) or not all(isinstance(words, list) for words in table.values()):
+        invalid("related", Path(run.related).name, "it must be JSON, a list of words for each class")
     if unknown := sorted(set(table) - set(train.classes)):
         invalid("related", Path(run.related).name, f"dataset has no classes {', '.join(unknown)}")
     return table
 
 # %% ../nbs/13_runs.ipynb #cell-60
 def open_transfer(run: RunSurrogate) -> tuple[Fabric, Splits, Splits, str | ImageSet]:
-    "The device, the teacher's data, the splits that students are scored on, and the source of their transfer set."
+    "The device, the teacher's data, the splits to score students on, and the source of their transfer set."
     fabric, data = open_run(run)
     splits = validation_splits(run, data)
     return fabric, data, splits, transfer_source(run, splits.train)
 
 # %% ../nbs/13_runs.ipynb #cell-62
-def make_transfer_set(run: RunQuality, source: str | ImageSet, teacher: Classifier, fabric: Fabric) -> ImageSet:
+def make_transfer_set(
+    run: RunQuality, source: str | ImageSet, teacher: Classifier, fabric: Fabric
+) -> ImageSet:
     "The images that a run distils from or judges, of its `transfer_source`, as the teacher labels them."
     count = run.images or len(source)
     own = dict(programs=run.programs, backend=run.backend, shader_folder=run.shader_folder, photo=run.photo)
@@ -281,14 +338,14 @@ def set_name(run: RunQuality) -> str:
 
 
 def overlap_lines(images: ImageSet) -> str:
-    "Of a part of a set: a line for each class of the teacher, and what of the set shows it. Of any other set: nothing."
+    "Of a part of a set: a line for each class of the teacher, and what of the set shows it; else nothing."
     found = images.provenance.get("overlap", {})
     shown = {known: [name for name, of in found.items() if of == known] for known in found.values()}
     return "".join(f"* {known}: {'; '.join(names)}\n" for known, names in shown.items())
 
 # %% ../nbs/13_runs.ipynb #cell-63
 def set_distillation(run: RunSurrogate, train: ImageSet, source: str | ImageSet) -> Distillation:
-    "How a run distils from its source; a temperature of 0 is 2 for real images and 20 for synthetic ones (Paper B)."
+    "How a run distils from its source; a temperature of 0 is 2 for real images, 20 for others (Paper B)."
     small = len(train) <= 5000
     return Distillation(
         epochs=run.epochs or (20 if small else 40),
@@ -304,7 +361,11 @@ def set_distillation(run: RunSurrogate, train: ImageSet, source: str | ImageSet)
 def check_targets(run: RunBoundary, train: ImageSet) -> None:
     "Refuse more targets than there are other classes."
     if run.targets >= train.num_classes:
-        invalid("targets", run.targets, f"dataset has {train.num_classes} classes: at most {train.num_classes - 1}")
+        invalid(
+            "targets",
+            run.targets,
+            f"dataset has {train.num_classes} classes: at most {train.num_classes - 1}",
+        )
 
 # %% ../nbs/13_runs.ipynb #cell-66
 def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Distillation:
@@ -336,7 +397,7 @@ def teacher_schedule(run: RunTeacher, train: ImageSet) -> Schedule:
 
 
 def evaluation_schedule(run: RunCondense) -> Schedule:
-    "How networks are trained from scratch on a condensed set: `condensation.EVALUATION`, changed where the run says so."
+    "How networks are trained on a condensed set: `condensation.EVALUATION`, changed where the run says so."
     asked = {name: getattr(run, name) for name in ("epochs", "steps", "batch_size")}
     return replace(EVALUATION, **{name: value for name, value in asked.items() if value})
 
@@ -346,7 +407,7 @@ def save_outputs(
     images: dict[str, ImageSet],
     results: dict[str, MethodResult],
 ) -> list[str]:  # names of the files
-    "Write sets as `<name>.images.safetensors`, and students as `<name>.student.safetensors`, which teach in their turn."
+    "Write sets as `<name>.images.safetensors`, and students as `<name>.student.safetensors`."
     if not folder:
         return []
     files = [s.save(Path(folder) / f"{name}.images.safetensors") for name, s in images.items()]

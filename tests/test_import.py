@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from condexp.foreign import from_torchscript, read_program
 from condexp.inversion import BatchNormHooks
-from condexp.models import Classifier, ModelSpec, create_backbone, fingerprint, freeze, from_spec, load_classifier
+from condexp.models import ModelSpec, create_backbone, fingerprint, freeze, from_spec, load_classifier
+from condexp.models import save_classifier
 from condexp.teachers import CONVENTIONS, card_figure, card_markdown, clean_weights, convention, doubted, import_teacher
-from condexp.teachers import likeliest, normalisation_distances, on_labels, small_resnet, teacher_card
+from condexp.teachers import likeliest, normalisation_distances, normalised_by, on_labels, our_names, teacher_card
 
 NAMES = ("cat", "dog", "owl")
 
@@ -85,6 +86,7 @@ WRAPPINGS = {
     "ema.pth": lambda w: {"model": {n: torch.zeros_like(t) for n, t in w.items()}, "state_dict_ema": prefixed(w, "module.")},
     "nested.pt": lambda w: {"net": {"model_state_dict": w}, "class_to_idx": {"owl": 2, "cat": 0, "dog": 1}},
     "half.pt": lambda w: {"model": {n: t.half() if t.is_floating_point() else t for n, t in w.items()}},
+    "optimizer.pt": lambda w: {"optimizer": {"state": {0: {"exp_avg": torch.ones(3, 3)}}}, "student": w},
     "backbone.pth": split_head,
     "encoder.pth": lambda w: prefixed(w, "encoder."),
     "dropout.pth": behind_dropout,
@@ -156,7 +158,7 @@ def test_networks_for_small_images_under_other_names(x):
         for old, new in ((r"^body\.0", "conv1"), (r"^body\.1", "bn1"), ("downsample", "shortcut"), (r"^fc", "linear")):
             name = re.sub(old, new, name)
         renamed[name] = t
-    assert likeliest(clean_weights(small_resnet(renamed)))[0].name == "resnet18_cifar"
+    assert likeliest(clean_weights(our_names(renamed)))[0].name == "resnet18_cifar"
 
 
 def test_wide_resnets_under_other_names(x, tmp_path):
@@ -295,6 +297,9 @@ def files(net, tmp_path_factory):
     (folder / "text.pth").write_text("no network")
     (folder / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      rest")
     (folder / "two.txt").write_text("cat\ndog\n")
+    (folder / "odd.json").write_text("{'cat': 0}")
+    own = from_spec(ModelSpec("resnet8_cifar", NAMES, 3, 32, (0.5,) * 3, (0.5,) * 3))
+    save_classifier(folder / "own.safetensors", own, {"accuracy": None})
     hub(folder / "bert", {"model_type": "bert"}, net.state_dict())
     (folder / "photos").mkdir()
     return folder
@@ -316,6 +321,11 @@ def files(net, tmp_path_factory):
         ("net.pth", {"classes": "cat,dog"}, "^classes is 'cat,dog', but these are 2 names, and the last layer has 3 outputs"),
         ("net.pth", {"classes": "two.txt"}, "^classes is .*2 names"),
         ("net.pth", {"classes": "cat,cat,dog"}, "^classes is .*a name of its own"),
+        ("net.pth", {"classes": ["cat", "cat", "dog"]}, "^classes is .*a name of its own"),
+        ("net.pth", {"classes": ",".join(f"a class called {i}" for i in range(30))}, "^classes is .* these are 30 names"),
+        ("net.pth", {"classes": "odd.json"}, "^classes is .*odd.json', but it must hold a name a line, or JSON"),
+        ("own.safetensors", {"size": 64}, "^size is 64, but the teacher file says 32"),
+        ("own.safetensors", {"architecture": "resnet18_cifar"}, "^architecture is .* says resnet8_cifar"),
         ("net.pth", {"channels": 1}, "^channels is 1, but the first convolution takes 3"),
         ("net.pth", {"mean": "0.5,0.5", "std": "1"}, "^mean is .*3 channels need 3"),
         ("net.pth", {"mean": "0.5", "std": ""}, "^std is '', but mean and std come together"),
@@ -325,7 +335,7 @@ def files(net, tmp_path_factory):
     ],
 )
 def test_refusals(name, said, why, files):
-    said = said | ({"classes": str(files / said["classes"])} if said.get("classes") == "two.txt" else {})
+    said = said | ({"classes": str(files / said["classes"])} if said.get("classes") in ("two.txt", "odd.json") else {})
     with pytest.raises(ValueError, match=why) as refusal:
         import_teacher(files / name, **said)
     assert "\n" not in str(refusal.value)
@@ -340,6 +350,7 @@ def test_refusals(name, said, why, files):
         (nn.Conv2d(3, 3, 1), {}, r"^weights is 'Conv2d', but it answers 3 images by \(3, 3, 16, 16\)"),
         (nn.Linear(4, 2), {}, "^weights is 'Linear', but it does not take 3 images of 3 x 16 x 16"),
         (Two(), {"size": 0}, "^size is 0, but a program does not say"),
+        (Two(), {"architecture": "resnet18"}, "^architecture is 'resnet18', but a whole program has none"),
     ],
 )
 def test_programs_that_are_no_teachers(program, said, why):
@@ -387,8 +398,7 @@ def trained_ways(digits):
 
 def stated(model, name):
     "The same network under another normalisation."
-    mean, std = convention(name, model.spec.channels)
-    return Classifier(replace(model.spec, mean=mean, std=std), model.backbone).eval()
+    return normalised_by(model, *convention(name, model.spec.channels))
 
 
 @pytest.mark.parametrize("trained", WAYS)
