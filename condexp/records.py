@@ -497,7 +497,7 @@ def in_words(record: dict) -> str:
     lines += _distances_in_words(record["distances"])
     return " ".join(lines) + " This is one seed: other seeds may differ by a point or two."
 
-# %% ../nbs/11_records.ipynb #cell-41a
+# %% ../nbs/11_records.ipynb #cell-41d
 CONTRASTS = (  # method, baseline: what is asked
     ("expanded", "mixed", "feature alignment, against mixing without it"),
     ("expanded", "condensed", "expanding the condensed set"),
