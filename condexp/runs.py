@@ -202,16 +202,16 @@ def given_set(
             invalid(parameter, name, f"its {what}, {has}, must be that of dataset, {wanted}")
     if other := [pair for pair in zip(given.classes, train.classes, strict=True) if pair[0] != pair[1]]:
         invalid(
-            "condenser", name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}"
+            parameter, name, f"its classes must be dataset's: it has {other[0][0]!r} for {other[0][1]!r}"
         )
     return given
 
 
-def read_condensed(run, train: ImageSet) -> ImageSet:
+def read_condensed(path: str, train: ImageSet, normalisation: str, parameter: str) -> ImageSet:
     "The set in a file, or the few real images in a folder of class folders, in `train`'s order."
-    if not Path(run.condenser).is_dir():
-        return load_condensed(run.condenser, train, run.normalisation)
-    images = load_images(run.condenser, train.size, "condenser")
+    if not Path(path).is_dir():
+        return load_condensed(path, train, normalisation)
+    images = load_images(path, train.size, parameter)
     return replace(_fitted(images, train), mean=train.mean, std=train.std)
 
 
@@ -227,7 +227,8 @@ def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what
     if run.condenser in CONDENSERS:
         check_condenser(run.condenser, train, run.ipc, getattr(run, "iterations", 0))
     else:
-        run = replace(run, ipc=max(1, len(given_set(run.condenser, train, run.normalisation)) // train.num_classes))
+        given = given_set(run.condenser, train, run.normalisation)
+        run = replace(run, ipc=max(1, len(given) // train.num_classes))
     if "random" in getattr(run, "arms", ()):
         check_condenser("random", train, run.ipc, 0)
     return run
