@@ -210,7 +210,7 @@ def test_a_model_that_needs_larger_images_says_how_large():
 def saved(digits, tmp_path):
     "Writes an untrained classifier to a file, changed in one respect."
 
-    def make(change=lambda images: images, header=lambda meta: meta):
+    def make(change=lambda images: images):
         path = tmp_path / "weights.safetensors"
         return str(
             save_classifier(path, make_classifier("wrn_10_1", change(digits.train)), {"accuracy": 10.0, "seconds": 1.0})
@@ -248,6 +248,13 @@ def test_a_teacher_file_whose_weights_are_of_another_architecture_is_refused(sav
     text = repr(meta).replace("wrn_10_1", "wrn_16_2")
     save_tensors(tmp_path / "weights.safetensors", tensors, ast.literal_eval(text))
     refused("run_kd", "teacher", str(tmp_path / "weights.safetensors"))
+
+
+def test_a_teacher_file_with_the_mean_of_bytes_is_refused(saved, tmp_path):
+    tensors, meta = load_tensors(saved())
+    meta["classifier"]["mean"] = [33.3]
+    path = save_tensors(tmp_path / "bytes.safetensors", tensors, meta)
+    assert "divide one of bytes by 255" in refused("run_kd", "teacher", str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors"], ids=["empty", "text"])
