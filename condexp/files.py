@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_FILE', 'MAX_TOTAL', 'MAX_MEMBERS', 'FORMATS', 'Parts', 'WHAT_IS_READ', 'DataError', 'to_rgb',
            'decode', 'open_picture', 'Entry', 'joined', 'Pictures', 'read_images', 'clutter', 'is_picture', 'Member',
-           'LeftOut', 'suffixes', 'readable', 'pictures', 'folder_entries', 'member_parts', 'tar_members',
-           'zip_members', 'archive_entries', 'read_path', 'content_hash']
+           'LeftOut', 'suffixes', 'readable', 'pictures', 'folder_members', 'folder_entries', 'member_parts',
+           'tar_members', 'zip_members', 'archive_entries', 'read_path', 'set_members', 'find_text', 'content_hash']
 
 # %% ../nbs/00_files.ipynb #cell-02
 import bz2
@@ -24,7 +24,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -358,13 +358,16 @@ def _walk(root: Path) -> Iterator[tuple[Parts, os.stat_result]]:
         folders[:] = sorted(name for name in folders if not clutter((name,)))
 
 
-def folder_entries(root: Path, left: LeftOut | None = None) -> Iterator[Entry]:
-    "The images of a folder."
-    members = []
+def folder_members(root: Path) -> Iterator[Member]:
+    "A folder as a stream of members."
     for parts, facts in _walk(root):
         file = None if stat.S_ISDIR(facts.st_mode) else root.joinpath(*parts)
-        members.append(Member(tuple(map(readable, parts)), facts.st_size, file))
-    bar = progress(members, f"Reading {readable(root.name)}", leave=False, delay=1)
+        yield Member(tuple(map(readable, parts)), facts.st_size, file)
+
+
+def folder_entries(root: Path, left: LeftOut | None = None) -> Iterator[Entry]:
+    "The images of a folder."
+    bar = progress(list(folder_members(root)), f"Reading {readable(root.name)}", leave=False, delay=1)
     return pictures(bar, LeftOut() if left is None else left)
 
 # %% ../nbs/00_files.ipynb #cell-38
@@ -484,6 +487,18 @@ def read_path(
             raise
         found = f"it holds no images that can be read (but {suffixes(rest)})"
         raise DataError(f"{found}: what is read are {WHAT_IS_READ}") from None
+
+# %% ../nbs/00_files.ipynb #cell-47b
+def set_members(path: Path) -> Iterator[Member]:
+    "Everything in a folder, a tar or a zip; nothing of any other file."
+    kinds = {Path.is_dir: folder_members, zipfile.is_zipfile: zip_members, tarfile.is_tarfile: tar_members}
+    return next((read(path) for is_kind, read in kinds.items() if is_kind(path)), iter(()))
+
+
+def find_text(path: Path, names: Collection[str]) -> str:
+    "The text of the first file of one of these names; empty if there is none."
+    found = (_read(member, MAX_FILE) for member in set_members(path) if member.file and member.parts[-1] in names)
+    return next(found, b"").decode("utf-8", "replace")
 
 # %% ../nbs/00_files.ipynb #cell-49
 def content_hash(path: Path) -> str:  # 16 hexadecimal digits

@@ -67,7 +67,10 @@ def choice(options) -> Check:
 def names(name: str, value) -> list[str]:
     "The parts of a list or of a comma-separated text, each once."
     parts = value if isinstance(value, list | tuple) else text(name, value).strip("[]()").split(",")
-    return list(dict.fromkeys(str(part).strip() for part in parts))
+    parts = [str(part).strip(" \t\"'") for part in parts]
+    if any(" " in part for part in parts):
+        invalid(name, value, f"names have commas between them: {','.join(' '.join(parts).split())}")
+    return list(dict.fromkeys(parts))
 
 
 def weights(name: str, value) -> dict[str, float]:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NO_DATA', 'open_run', 'check_networks', 'read_teacher', 'as_teacher_takes', 'no_data', 'with_probe', 'truncate',
            'open_teacher', 'validation_splits', 'scored', 'given_set', 'read_condensed', 'condensed_set', 'resolve_ipc',
-           'describe_teacher', 'method_sources', 'transfer_source', 'real_source', 'part_of', 'related_words',
-           'open_transfer', 'make_transfer_set', 'set_name', 'overlap_lines', 'set_distillation', 'check_targets',
-           'distillation', 'teacher_schedule', 'evaluation_schedule', 'save_outputs']
+           'describe_teacher', 'method_sources', 'transfer_source', 'real_source', 'saved_set', 'part_of',
+           'related_words', 'open_transfer', 'make_transfer_set', 'set_name', 'overlap_lines', 'set_distillation',
+           'check_targets', 'distillation', 'teacher_schedule', 'evaluation_schedule', 'save_outputs']
 
 # %% ../nbs/13_runs.ipynb #cell-02
 import json
@@ -279,8 +279,17 @@ def real_source(run: RunQuality, train: ImageSet) -> ImageSet:
     if run.part != "all":
         return part_of(run, train)
     if run.surrogate.endswith(".safetensors"):
-        return ImageSet.load(run.surrogate)
+        return saved_set(run.surrogate)
     return load_images(run.surrogate, train.size, "surrogate")
+
+
+def saved_set(path: str) -> ImageSet:
+    "A set in a file; any other file is refused."
+    try:
+        return ImageSet.load(path)
+    except ValueError as error:
+        problem = str(error)
+    invalid("surrogate", Path(path).name, f"it must be a set of images that was saved here ({problem})")
 
 
 def part_of(run: RunQuality, train: ImageSet) -> ImageSet:
@@ -333,7 +342,7 @@ def make_transfer_set(
 
 def set_name(run: RunQuality) -> str:
     "What a run's transfer set is called in tables."
-    name = re.sub(r"\.(tar(\..z)?|t.z|safetensors)$", "", Path(run.surrogate).name)
+    name = re.sub(r"\.(tar(\.\w+)?|t\wz2?|zip|safetensors)$", "", Path(run.surrogate).name)
     name += f" ({run.inversion})" if run.surrogate == "inversion" else ""
     return name + {"all": "", "in": ", in distribution", "out": ", out of distribution"}[run.part]
 

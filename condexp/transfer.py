@@ -13,7 +13,6 @@ import functools
 import inspect
 import itertools
 import re
-import tarfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -27,7 +26,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from .cache import Checkpoint, cached, check_choice, check_int, config_hash, invalid, progress
-from .data import ImageSet, content_hash, rank_within
+from .data import NAMES, ImageSet, content_hash, rank_within
+from .files import find_text
 from .models import Classifier, fingerprint, freeze
 from .shaders import read_programs
 from .sources import PHOTOS, SOURCES, Stream, StreamSpec, photograph, real_images, to_channels
@@ -242,15 +242,9 @@ RELATED = {name: tuple(words.split(", ")) for name, words in RELATED.items()}
 # %% ../nbs/08_transfer.ipynb #tra-25
 def class_words(dataset: str, classes: Sequence[str]) -> dict[str, str]:
     "Each class in words: of ImageNet's `words.tsv` or `words.txt` (id, tab, words), or its own name."
-    path, text = Path(dataset).expanduser(), b""
-    if path.is_dir():
-        text = next((p.read_bytes() for p in sorted(path.rglob("words.t[sx][vt]"))), b"")
-    elif path.is_file() and tarfile.is_tarfile(path):
-        with tarfile.open(path) as archive:
-            member = next((m for m in archive if re.search(r"(^|/)words\.(tsv|txt)$", m.name)), None)
-            text = archive.extractfile(member).read() if member else b""
-    lines = text.decode("utf-8", "replace").splitlines()
-    known = dict(line.split("\t", 1) for line in lines if "\t" in line)
+    path = Path(dataset).expanduser()
+    text = find_text(path, ("words.tsv", "words.txt")) if path.exists() and dataset not in NAMES else ""
+    known = dict(line.split("\t", 1) for line in text.splitlines() if "\t" in line)
     return {name: known.get(name, name).strip() for name in classes}
 
 # %% ../nbs/08_transfer.ipynb #tra-27

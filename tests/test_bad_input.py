@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, Papermill
 from dataclasses import replace
 
-from condexp.cache import cache_dir
+from condexp.cache import cache_dir, load_tensors, save_tensors
 from condexp.models import make_classifier, save_classifier
 from condexp.parameters import RunAlignment, RunBoundary, RunCondense, RunKD, RunQuality, RunSurrogate, RunTeacher
 from condexp.parameters import parameters
@@ -127,7 +127,11 @@ def test_old_spellings_of_weights_say_how_it_is_written_now():
     assert "one of bn, one_hot, adversarial" in refused("run_kd", "term_weights", {"gan": 1})
 
 
-@pytest.mark.parametrize("arms", ["", "condensed,best", "random full", 3])
+def test_names_without_commas_are_shown_with_them():
+    assert "random,full" in refused("run_kd", "arms", "random full")
+
+
+@pytest.mark.parametrize("arms", ["", "condensed,best", 3])
 def test_arms_are_a_list_of_arms(arms):
     refused("run_kd", "arms", arms)
 
@@ -206,7 +210,7 @@ def test_a_model_that_needs_larger_images_says_how_large():
 def saved(digits, tmp_path):
     "Writes an untrained classifier to a file, changed in one respect."
 
-    def make(change=lambda images: images, header=lambda meta: meta):
+    def make(change=lambda images: images):
         path = tmp_path / "weights.safetensors"
         return str(
             save_classifier(path, make_classifier("wrn_10_1", change(digits.train)), {"accuracy": 10.0, "seconds": 1.0})
@@ -240,12 +244,17 @@ def test_a_teacher_of_another_size_is_refused(saved):
 
 
 def test_a_teacher_file_whose_weights_are_of_another_architecture_is_refused(saved, tmp_path):
-    from condexp.cache import load_tensors, save_tensors
-
     tensors, meta = load_tensors(saved())
     text = repr(meta).replace("wrn_10_1", "wrn_16_2")
     save_tensors(tmp_path / "weights.safetensors", tensors, ast.literal_eval(text))
     refused("run_kd", "teacher", str(tmp_path / "weights.safetensors"))
+
+
+def test_a_teacher_file_with_the_mean_of_bytes_is_refused(saved, tmp_path):
+    tensors, meta = load_tensors(saved())
+    meta["classifier"]["mean"] = [33.3]
+    path = save_tensors(tmp_path / "bytes.safetensors", tensors, meta)
+    assert "divide one of bytes by 255" in refused("run_kd", "teacher", str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors"], ids=["empty", "text"])
@@ -300,9 +309,12 @@ def test_a_saved_transfer_set_has_the_size_of_the_data(condensed, tmp_path):
         begin("run_surrogate", surrogate=str(path))
 
 
-def test_a_file_that_is_no_set_is_refused(teacher_file):
-    with pytest.raises(ValueError, match="not a set of images"):
-        begin("run_quality", surrogate=str(teacher_file))
+def test_a_file_that_is_no_set_is_refused(teacher_file, condensed, tmp_path):
+    assert "not a set of images" in refused("run_quality", "surrogate", str(teacher_file))
+    tensors, meta = load_tensors(condensed.save(tmp_path / "set.safetensors"))
+    bytes_ = save_tensors(tmp_path / "bytes.safetensors", tensors | {"images": tensors["images"].float()}, meta)
+    for name, notebook in (("surrogate", "run_surrogate"), ("condenser", "run_kd")):
+        assert "neither 0 to 255 nor normalised" in refused(notebook, name, str(bytes_))
 
 
 def test_without_opengl_one_line_says_what_to_install(monkeypatch):

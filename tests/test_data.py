@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -16,6 +17,7 @@ from sklearn.datasets import load_digits
 from condexp import files
 from condexp.cache import cache_dir
 from condexp.data import ImageSet, load_images, load_splits, random_per_class, validation_split
+from condexp.transfer import class_words
 
 
 def pack(folder, path, mode="w:gz"):
@@ -49,6 +51,17 @@ def test_an_archive_holds_what_its_folder_holds(folder, tmp_path, ending, mode):
             for file in root.rglob("*.png"):
                 archive.write(file, file.relative_to(tmp_path))
     assert same(load_splits(str(path)), load_splits(str(root)))
+
+
+@pytest.mark.parametrize("ending", ["", ".tar.gz", ".zip"])
+@pytest.mark.parametrize("table", ["words.tsv", "words.txt"])
+def test_the_names_of_classes_are_found_in_folder_and_archive(tmp_path, table, ending):
+    root = tmp_path / "imagenet"
+    (root / "deep").mkdir(parents=True)
+    (root / "deep" / table).write_text("n1\ttabby, cat\n")
+    if ending:
+        shutil.make_archive(root, {".zip": "zip", ".tar.gz": "gztar"}[ending], tmp_path, root.name)
+    assert class_words(f"{root}{ending}", ["n1", "n2"]) == {"n1": "tabby, cat", "n2": "n2"}
 
 
 def test_hard_links_to_members_are_files(folder, tmp_path):
