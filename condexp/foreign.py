@@ -223,7 +223,10 @@ def write_program(
     example = example_images(2, channels, size)
     file = io.BytesIO()
     try:
-        torch.export.save(torch.export.export(network, (example,), dynamic_shapes=({0: Dim.AUTO},)), file)
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: Dim.AUTO},))
+        for node in program.graph.nodes:
+            node.meta.pop("stack_trace", None)  # which names the folders of this machine
+        torch.export.save(program, file)
     except Exception as error:
         raise ProgramError(f"torch.export cannot write it ({' '.join(str(error).split())[:150]})") from None
     return file.getvalue()
