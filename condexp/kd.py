@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'AT_LEAST', 'SYNTHESIS', 'ALIGNMENT', 'kd_loss', 'as_bytes',
-           'SyntheticSet', 'Method', 'Distillation', 'student_step', 'StudentTraining', 'teacher_set',
+           'SyntheticSet', 'Method', 'Distillation', 'batch_statistics', 'check_batchnorm', 'shuffled',
+           'student_accuracy', 'estimate_statistics', 'student_step', 'StudentTraining', 'teacher_set',
            'balanced_targets', 'Synthesis', 'make_synthesis', 'Distiller', 'measure_of', 'timed_epoch', 'pool_quality',
            'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method', 'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from .augment import AUGMENTATIONS, mixup
 from .cache import Checkpoint, cached, check_choice, check_int, invalid, load_tensors, progress
@@ -26,7 +31,7 @@ from .cache import save_tensors
 from .data import ImageSet, Splits, pack, unpack
 from .discriminator import alignment_settings, class_frechet, class_mmd, class_variance, frechet_at
 from .discriminator import make_alignment, principal_directions
-from .inversion import Inverter, inversion_recipe
+from .inversion import Inverter, batchnorm_layers, inversion_recipe
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier
 from .models import save_classifier
 from .training import Schedule, Stream, accuracy, check_finite, fixed_subset, on_device, onecycle
@@ -168,6 +173,7 @@ class Distillation:
     )
     augmentation: str = "normal"  # a name in AUGMENTATIONS
     mixup: bool = False  # blend each image with another; the teacher labels the blend
+    batch_statistics: bool = False  # BatchNorm of teacher and student by each batch's own statistics
 
     def __post_init__(self):
         for name, least in AT_LEAST.items():
@@ -186,7 +192,52 @@ class Distillation:
         read = {name: value for name, value in asdict(self).items() if name not in unread}
         if method.aligned:
             read["alignment"] = asdict(alignment_settings(self.alignment, self.alignment_weight))
+        if not self.batch_statistics:
+            del read["batch_statistics"]  # results from before it was there are the same
         return read
+
+# %% ../nbs/07_kd.ipynb #bs-02
+@contextmanager
+def batch_statistics(
+    model: torch.nn.Module,
+    on: bool = True,  # False: nothing changes
+) -> Iterator[None]:
+    "BatchNorm layers use each batch's own statistics while the block runs; what they remember stays as it is."
+    layers = batchnorm_layers(model) if on else []
+    remembered = [(m.running_mean, m.running_var) for m in layers]
+    try:
+        for m in layers:
+            m.running_mean = m.running_var = None  # which is what makes torch use those of the batch
+        yield
+    finally:
+        for m, (mean, var) in zip(layers, remembered, strict=True):
+            m.running_mean, m.running_var = mean, var
+
+# %% ../nbs/07_kd.ipynb #bs-05
+def check_batchnorm(teacher: Classifier) -> None:
+    "Refuse a teacher that has no BatchNorm layers, where they should use the batch's statistics."
+    if not batchnorm_layers(teacher):
+        invalid("batch_statistics", True, f"the teacher, {teacher.spec.name}, has no BatchNorm layers")
+
+
+def shuffled(images: ImageSet) -> ImageSet:
+    "The images in an order that is random and always the same."
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images.subset(order.to(images.images.device))
+
+
+def student_accuracy(student: Classifier, images: ImageSet, settings: Distillation, fabric: Fabric) -> float:
+    "Percent of the images that a student gets right, its BatchNorm layers as the settings have them."
+    size = math.ceil(len(images) / math.ceil(len(images) / 512))
+    with batch_statistics(student, settings.batch_statistics):
+        return accuracy(student, shuffled(images), fabric, size)
+
+
+def estimate_statistics(model: Classifier, images: ImageSet, fabric: Fabric) -> None:
+    "Make the BatchNorm layers remember the statistics of `images`."
+    images = shuffled(on_device(images, fabric))
+    places = torch.arange(len(images), device=fabric.device).split(512)
+    update_bn((images.batch(index) for index in places), model.to(fabric.device))
 
 # %% ../nbs/07_kd.ipynb #cell-17
 def student_step(
@@ -198,7 +249,7 @@ def student_step(
     fabric: Fabric,
 ) -> Float[Tensor, ""]:
     "One optimizer step on already augmented images; returns the loss, left on the device."
-    with torch.no_grad(), fabric.autocast():
+    with torch.no_grad(), fabric.autocast(), batch_statistics(teacher, settings.batch_statistics):
         wanted = teacher(x)
     if settings.labels == "hard":
         loss = F.cross_entropy(student(x), wanted.argmax(1))
@@ -222,6 +273,8 @@ class StudentTraining:
             fabric,
             Stream(seed, "student"),
         )
+        if settings.batch_statistics:
+            check_batchnorm(teacher)
         self.augment = AUGMENTATIONS[settings.augmentation](teacher_set(teacher, fabric))
         peak = dict(lr=settings.lr, weight_decay=settings.weight_decay)
         schedule = Schedule(settings.epochs, settings.steps, settings.batch_size, **peak)
@@ -388,7 +441,8 @@ def timed_epoch(distiller: Distiller, epoch: int, test: ImageSet) -> dict[str, f
     stages = ("warmup_seconds", "synthesis_seconds", "student_seconds")
     entry |= {stage: end - begin for stage, (begin, end) in zip(stages, pairwise(times), strict=True)}
     student = distiller.training.student.module
-    return entry | {measure_of(test): accuracy(student, fixed_subset(test), distiller.fabric)}
+    score = student_accuracy(student, fixed_subset(test), distiller.settings, distiller.fabric)
+    return entry | {measure_of(test): score}
 
 # %% ../nbs/07_kd.ipynb #cell-41
 def pool_quality(
@@ -467,7 +521,8 @@ def run_method(
     seconds = {
         k: sum(h.get(f"{k}_seconds", 0.0) for h in history) for k in ("warmup", "synthesis", "student")
     }
-    taken, final = settings.epochs * settings.steps, accuracy(student, splits.test, fabric)
+    taken = settings.epochs * settings.steps
+    final = student_accuracy(student, splits.test, settings, fabric)
     return MethodResult(
         name, final, history, distances, seconds, distiller.images.count, taken, student, pool,
         measure_of(splits.test),

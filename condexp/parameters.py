@@ -199,7 +199,7 @@ CHECKS: dict[str, Check] = {
     "sampling": sampling,
     "part": choice(PARTS),
     "backend": choice(BACKENDS),
-    "mixup": boolean,
+    **dict.fromkeys(("mixup", "batch_statistics"), boolean),
     "budget": positive,
     "temperature": positive,
     "term_weights": weights,
@@ -430,6 +430,7 @@ class RunSurrogate(RunQuality, RunTraining):
     labels: str
     augmentation: str
     mixup: bool
+    batch_statistics: bool
     evaluate: str
     output: str
 

@@ -24,16 +24,8 @@ from .condensation import CONDENSERS, EVALUATION, check_condenser, condense, loa
 from .data import ImageSet, Splits, load_images, load_splits, random_per_class, validation_split
 from .discriminator import resolve_alignment
 from .inversion import INVERSIONS
-from .kd import METHODS, Distillation, MethodResult, measure_of, teacher_set
-from condexp.models import (
-    PENULTIMATE,
-    Classifier,
-    ModelSpec,
-    at_layer,
-    check_model,
-    load_classifier,
-    make_classifier,
-)
+from .kd import METHODS, Distillation, MethodResult, check_batchnorm, measure_of, teacher_set
+from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, load_classifier, make_classifier
 from .models import save_classifier
 from .parameters import Run, RunBoundary, RunCondense, RunDistil, RunQuality, RunSurrogate, RunTeacher
 from .shaders import gl_context
@@ -70,12 +62,16 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
 
 
 def check_networks(run: Run, images: ImageSet, spec: ModelSpec | None) -> None:
-    "Refuse architectures that do not take such images, and a layer that the teacher does not have."
+    "Refuse architectures that do not take such images, and what the teacher does not have: a layer, BatchNorm."
     for name in ("model", "teacher", "student"):
         if (model := getattr(run, name, "")) and not model.endswith(".safetensors"):
             check_model(name, model, images.channels, images.size)
-    if getattr(run, "layer", PENULTIMATE) != PENULTIMATE:
-        at_layer(read_teacher(run.teacher)[0] if spec else make_classifier(run.teacher, images), run.layer)
+    layer, batchnorm = getattr(run, "layer", PENULTIMATE), getattr(run, "batch_statistics", False)
+    if layer != PENULTIMATE or batchnorm:
+        teacher = read_teacher(run.teacher)[0] if spec else make_classifier(run.teacher, images)
+        at_layer(teacher, layer)
+        if batchnorm:
+            check_batchnorm(teacher)
 
 # %% ../nbs/13_runs.ipynb #cell-40
 def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classifier, dict]:
@@ -365,6 +361,7 @@ def set_distillation(run: RunSurrogate, train: ImageSet, source: str | ImageSet)
         labels=run.labels,
         augmentation=run.augmentation,
         mixup=run.mixup,
+        batch_statistics=run.batch_statistics,
     )
 
 # %% ../nbs/13_runs.ipynb #cell-64a

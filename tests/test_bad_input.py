@@ -283,6 +283,7 @@ def test_papermill_ends_with_the_sentence_and_leaves_no_record(notebook, name, v
 
 
 NAMES_B = "dataset teacher student surrogate sampling part backend labels augmentation evaluate device precision mixup"
+NAMES_B += " batch_statistics"
 
 
 @pytest.mark.parametrize("name", NAMES_B.split())
@@ -296,6 +297,10 @@ def test_unknown_names_of_a_transfer_set_are_refused_with_what_is_known(name):
 )
 def test_numbers_of_a_transfer_set_are_refused(name, value):
     refused("run_boundary", name, value, surrogate="noise")
+
+
+def test_a_teacher_without_batchnorm_has_no_statistics_of_batches():
+    assert "convnet3_w64, has no" in refused("run_surrogate", "batch_statistics", True, teacher="convnet3_w64")
 
 
 def test_a_real_set_has_the_part_that_is_asked_for(folder):

@@ -9,11 +9,12 @@ import torch
 
 from condexp.boundary import attacked_set
 from condexp.data import ImageSet
-from condexp.models import freeze, make_classifier
+from condexp.kd import Distillation, distil, estimate_statistics
+from condexp.models import fingerprint, freeze, make_classifier
 from condexp.quality import normalised_entropy, vendi_score
 from condexp.shaders import evaluate, gl_context, render, write_program
 from condexp.sources import SOURCES, StreamSpec, to_channels
-from condexp.training import make_fabric, predict
+from condexp.training import accuracy, make_fabric, predict
 from condexp.transfer import EXAMINED, TransferSettings, filtered, overlap, source_settings, take, transfer_set
 
 try:
@@ -212,3 +213,18 @@ def test_the_attack_runs_in_the_precision_of_the_run(teacher, digits):
     attacked_set(few, teacher, 0, make_fabric("cpu", "bf16"), targets=1)
     hook.remove()
     assert len(seen) > 5 and set(seen) == {torch.bfloat16}
+
+
+def test_noise_teaches_by_the_statistics_of_its_batches_and_the_teacher_forgets_nothing(
+    teacher, digits, condensed, fabric
+):
+    noise, before = transfer_set("noise", teacher, 400, 0, fabric, sampling="none"), fingerprint(teacher)
+    running = Distillation(epochs=1, steps=80, batch_size=64)
+    one, two = (
+        distil("transfer set", teacher, "wrn_10_1", {"transfer set": noise}, digits, settings, 0, fabric)
+        for settings in (running, replace(running, batch_statistics=True))
+    )
+    assert fingerprint(teacher) == before  # weights and buffers
+    assert two.accuracy > max(45, one.accuracy + 25)
+    estimate_statistics(two.student, condensed, fabric)
+    assert accuracy(two.student, digits.test, fabric) > two.accuracy - 15  # now one image at a time
