@@ -8,7 +8,7 @@ __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER'
            'write_record', 'json_safe', 'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text',
            'read_records', 'plus_minus', 'paired', 'best_baseline', 'describe_scale', 'paired_table', 'plot_students',
            'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_methods', 'scores', 'agreement_in_words',
-           'sets_in_words', 'in_words', 'fair_frechet', 'method_table', 'wilson', 'plot_accuracies']
+           'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table', 'wilson', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -459,8 +459,8 @@ def agreement_in_words(record: dict) -> str:
 
 
 BATCH_STATISTICS = (
-    "BatchNorm used the statistics of each batch, in the test of the student too. A student that sees one image at a time first "
-    "needs `condexp.kd.estimate_statistics(student, images, fabric)` with images like those it will see."
+    "BatchNorm used the statistics of each batch, in the test of the student too. A student that sees one image at "
+    "a time first needs `condexp.kd.estimate_statistics(student, images, fabric)` with images like those it will see."
 )
 
 
@@ -476,6 +476,11 @@ def sets_in_words(record: dict, student: str) -> str:
         correct = f"**{value:.1f} %** of {n:,} test images correctly ({low:.1f} to {high:.1f})"
         found.append(f"Taught by `{name}` alone, `{student}` classifies {correct}.")
     return " ".join([*found, f"Its teacher classifies {record['teacher_accuracy']:.1f} % correctly."]) + note
+
+# %% ../nbs/11_records.ipynb #cell-41
+def chance_gap(a: float, b: float, n: int) -> float:
+    "How far two accuracies in percent may lie apart by the choice of `n` test images (95 %)."
+    return 196 * math.sqrt(sum(p * (1 - p) for p in (a / 100, b / 100)) / n)
 
 
 def in_words(record: dict) -> str:

@@ -25,7 +25,8 @@ from .data import ImageSet, Splits, load_images, load_splits, random_per_class, 
 from .discriminator import resolve_alignment
 from .inversion import INVERSIONS
 from .kd import METHODS, Distillation, MethodResult, check_batchnorm, measure_of, teacher_set
-from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, load_classifier, make_classifier
+from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, load_classifier
+from .models import make_classifier
 from .models import save_classifier
 from .parameters import Run, RunBoundary, RunCondense, RunDistil, RunQuality, RunSurrogate, RunTeacher
 from .shaders import gl_context
