@@ -239,7 +239,7 @@ def open_job(run: RunDatafree) -> Job:
     if run.student:
         check_model("student", run.student, spec.channels, spec.size)
     photographs = load_images(run.photographs, spec.size, "photographs") if run.photographs else None
-    few = on_device(given_set(run.few, empty, "few"), fabric) if run.few else None
+    few = on_device(given_set(run.few, empty, parameter="few"), fabric) if run.few else None
     sources = open_sources(["fast"] if few else run.sources, photographs)
     test = as_teacher_takes(load_splits(run.dataset, spec.size), spec).test if run.dataset else None
     if test is not None and test.classes != spec.classes:
