@@ -280,7 +280,7 @@ class LeftOut:
 
 def suffixes(paths: Iterable[Parts]) -> str:
     "How many files there are of each kind, in words."
-    counts = Counter(Path(parts[-1]).suffix.lower() or "without suffix" for parts in paths)
+    counts = Counter(Path(parts[-1]).suffix.lower() or "without suffix" for parts in sorted(paths))
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(4))
 
 
