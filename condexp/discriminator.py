@@ -6,7 +6,8 @@
 __all__ = ['GAN_LOSSES', 'ALIGNMENTS', 'frechet_distance', 'principal_directions', 'class_frechet', 'frechet_at', 'kernel_scales',
            'kernel', 'mmd', 'class_mmd', 'class_variance', 'FeatureBank', 'feature_bank', 'FeatureDiscriminator',
            'GANLoss', 'r1_penalty', 'AlignmentSettings', 'DiscriminatorSettings', 'alignment_settings',
-           'resolve_alignment', 'Alignment', 'AdversarialAlignment', 'class_mmd_loss', 'MMDAlignment', 'make_alignment']
+           'resolve_alignment', 'Curves', 'Alignment', 'AdversarialAlignment', 'class_mmd_loss', 'MMDAlignment',
+           'make_alignment']
 
 # %% ../nbs/06_discriminator.ipynb #cell-02
 import copy
@@ -359,16 +360,44 @@ def resolve_alignment(
     check_choice("alignment", name, ["auto", *ALIGNMENTS])
     return name if name != "auto" else "conditional" if ipc >= 5 else "conditional_few"
 
+# %% ../nbs/06_discriminator.ipynb #curves
+class Curves:
+    "Curves whose points are means of what was noted since the last ones."
+
+    series: tuple[str, ...] = ()  # their names
+
+    def __init__(self, device: torch.device):
+        self.history: dict[str, list[float | None]] = {name: [] for name in self.series}
+        self.sums, self.count = torch.zeros(len(self.series), device=device), 0
+
+    def note(self, *values: Float[Tensor, ""]) -> None:
+        "A value for each curve; the device is not waited for."
+        self.sums += torch.stack(values).detach()
+        self.count += 1
+
+    def record(self) -> None:
+        "Append to `history` the means since the last call, None without any; reads the device once."
+        means = (self.sums / self.count).tolist() if self.count else [None] * len(self.series)
+        for name, mean in zip(self.series, means, strict=True):
+            self.history[name].append(mean)
+        self.sums, self.count = torch.zeros_like(self.sums), 0
+
+    def state_dict(self) -> dict:
+        "Everything that changes, as tensors and plain values."
+        return copy.deepcopy({"history": self.history, "sums": self.sums, "count": self.count})
+
+    def load_state_dict(self, state: dict) -> None:
+        "Go on from a state that `state_dict` gave."
+        self.history, self.count = copy.deepcopy(state["history"]), state["count"]
+        self.sums = state["sums"].to(self.sums.device, copy=True)
+
 # %% ../nbs/06_discriminator.ipynb #cell-60
-class Alignment:
+class Alignment(Curves):
     "What a generator aligns its features with: `loss` to minimise, `update` after each of its steps."
 
-    series: tuple[str, ...] = ()  # the curves that `record` extends
-
     def __init__(self, bank: FeatureBank, settings: AlignmentSettings, stream: Stream):
+        super().__init__(bank.features.device)
         self.bank, self.settings, self.stream = bank, settings, stream
-        self.history: dict[str, list[float | None]] = {name: [] for name in self.series}
-        self.sums, self.count = torch.zeros(len(self.series), device=bank.features.device), 0
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
@@ -392,26 +421,11 @@ class Alignment:
     def _update(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> None:
         "Nothing to learn, unless a subclass says so."
 
-    def record(self) -> None:
-        "Append to `history` the means since the last call, None without any; reads the device once."
-        means = (self.sums / self.count).tolist() if self.count else [None] * len(self.series)
-        for name, mean in zip(self.series, means, strict=True):
-            self.history[name].append(mean)
-        self.sums, self.count = torch.zeros_like(self.sums), 0
-
-    def _note(self, *values: Tensor) -> None:
-        self.sums += torch.stack(values).detach()
-        self.count += 1
-
     def state_dict(self) -> dict:
-        "Everything that changes, as tensors and plain values."
-        own = {"history": self.history, "sums": self.sums, "count": self.count}
-        return copy.deepcopy(own | {"stream": self.stream.state_dict()})
+        return super().state_dict() | {"stream": copy.deepcopy(self.stream.state_dict())}
 
     def load_state_dict(self, state: dict) -> None:
-        "Go on from a state that `state_dict` gave."
-        self.history, self.count = copy.deepcopy(state["history"]), state["count"]
-        self.sums = state["sums"].to(self.sums.device, copy=True)
+        super().load_state_dict(state)
         self.stream.load_state_dict(state["stream"])
 
 # %% ../nbs/06_discriminator.ipynb #cell-62
@@ -453,7 +467,7 @@ class AdversarialAlignment(Alignment):
         loss.backward()
         self.optimizer.step()
         self.fake_probability = self.fake_probability.lerp(fake.detach().sigmoid().mean(), 0.1)
-        self._note((real > 0).float().mean(), (fake < 0).float().mean())
+        self.note((real > 0).float().mean(), (fake < 0).float().mean())
 
     def state_dict(self) -> dict:
         parts = {"discriminator": self.discriminator.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -494,7 +508,7 @@ class MMDAlignment(Alignment):
 
     def _loss(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
         distance = class_mmd_loss(fakes, self.bank.draw(targets), targets, self.scales)
-        self._note(distance)
+        self.note(distance)
         return distance
 
 # %% ../nbs/06_discriminator.ipynb #cell-67

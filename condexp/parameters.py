@@ -144,7 +144,8 @@ def model_or_file(name: str, value) -> str:
 def condenser(name: str, value) -> str:
     "A condensation method, or the file of a set, or a folder of images by class."
     if text(name, value) not in CONDENSERS and not Path(value).exists():
-        invalid(name, value, f"it must be one of {', '.join(CONDENSERS)}, or the path of a set or of a folder of images")
+        paths = "the path of a set or of a folder of images"
+        invalid(name, value, f"it must be one of {', '.join(CONDENSERS)}, or {paths}")
     return value
 
 
@@ -153,13 +154,14 @@ def transfer_name(name: str, value) -> str:
     value, known = text(name, value), (*SOURCES, "original")
     saved = value.endswith(".safetensors")
     if not (value in known or known_dataset(value)) or (saved and not Path(value).is_file()):
-        invalid(name, value, f"it must be one of {', '.join(known)}, a data set's name or path, or a saved .safetensors set")
+        sets = "a data set's name or path, or a saved .safetensors set"
+        invalid(name, value, f"it must be one of {', '.join(known)}, {sets}")
     return value
 
 # %% ../nbs/12_parameters.ipynb #cell-16
 EVALUATE = ("test", "validation")  # which images the accuracies are of
-PATHS = ("dataset", "teacher", "condenser", "surrogate", "related", "shader_folder", "photo", "photographs", "output")
-PATHS += ("record", "weights", "few")
+PATHS = ("dataset", "teacher", "condenser", "surrogate", "related", "shader_folder", "photo", "photographs")
+PATHS += ("output", "record", "weights", "few")
 
 
 def evaluate(name: str, value) -> str:
@@ -182,9 +184,10 @@ def boolean(name: str, value) -> bool:
 
 # %% ../nbs/12_parameters.ipynb #cell-17
 CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("dataset", "photo", "layer", "alignment", "inversion", "shader_folder", "photographs"), text),
-    **dict.fromkeys(("size", "seed", "epochs", "steps", "batch_size", "iterations", "inversion_steps"), at_least(0)),
-    **dict.fromkeys(("images", "targets", "beyond"), at_least(0)),
+    **dict.fromkeys(("dataset", "photo", "layer", "alignment", "inversion"), text),
+    **dict.fromkeys(("shader_folder", "photographs"), text),
+    **dict.fromkeys(("size", "seed", "epochs", "steps", "batch_size", "iterations"), at_least(0)),
+    **dict.fromkeys(("inversion_steps", "images", "targets", "beyond"), at_least(0)),
     **dict.fromkeys(("ipc", "programs", "attack_steps"), at_least(1)),
     **dict.fromkeys(("arms", "alignments"), names),
     "record": file_or_empty(".json"),
@@ -299,7 +302,8 @@ class RunCondense(RunTraining):
 def known_inversion(run) -> None:
     "Refuse an inversion method, or a term of it, that is not there."
     if "," in run.inversion or ":" in run.inversion:
-        invalid("inversion", run.inversion, 'weights are given apart: -p inversion fast -y "term_weights: {bn: 0}"')
+        apart = 'weights are given apart: -p inversion fast -y "term_weights: {bn: 0}"'
+        invalid("inversion", run.inversion, apart)
     inversion_recipe(run.inversion, run.term_weights)
 
 
@@ -366,8 +370,8 @@ def arms_without_data(arms: list[str], condenser: str) -> list[str]:
     gone = {"random", "full"} | ({"condensed"} if condenser in CONDENSERS else set())
     left = [name for name in arms if name not in METHODS or METHODS[name].source not in gone]
     if not left:
-        need = "dataset is empty: inversion needs the teacher alone, condensed, mixed and expanded a condenser that is a path"
-        invalid("arms", ", ".join(arms), need)
+        need = "inversion needs the teacher alone, condensed, mixed and expanded a condenser that is a path"
+        invalid("arms", ", ".join(arms), f"dataset is empty: {need}")
     if left != arms:
         print(f"dataset is empty: left out are {', '.join(name for name in arms if name not in left)}")
     return left
@@ -387,7 +391,7 @@ class RunAlignment(RunDistil):
 # %% ../nbs/12_parameters.ipynb #cell-26
 @dataclass(frozen=True)
 class RunQuality(Run):
-    "Parameters of `run_quality`: a teacher and a transfer set. Without a data set the teacher must be a file."
+    "Parameters of `run_quality`: teacher and transfer set. Without a data set the teacher must be a file."
 
     without_data = True
     teacher: str
@@ -415,8 +419,8 @@ class RunQuality(Run):
         known_inversion(self)
         if self.surrogate in SOURCES:
             check_int("images", self.images, 1)
-        own_classes = self.surrogate not in (*SOURCES, "original") and not self.surrogate.endswith(".safetensors")
-        if self.part != "all" and not own_classes:
+        without = self.surrogate in (*SOURCES, "original") or self.surrogate.endswith(".safetensors")
+        if self.part != "all" and without:
             invalid("part", self.part, "only a data set's name or path has classes of its own to choose from")
 
 # %% ../nbs/12_parameters.ipynb #cell-27
@@ -553,9 +557,16 @@ def teacher_file(name: str, value) -> str:
 class RunDatafree:
     "Parameters of `run_datafree`."
 
-    own = {"teacher": teacher_file, "student": lambda name, value: model(name, value) if value else "", "minutes": minutes}
-    own |= {"sources": named_sources, "few": few_images, "dataset": dataset_or_empty, "output": folder_or_empty}
-    own |= {"photographs": dataset_or_empty}
+    own = {
+        "teacher": teacher_file,
+        "student": lambda name, value: model(name, value) if value else "",
+        "minutes": minutes,
+        "sources": named_sources,
+        "photographs": dataset_or_empty,
+        "few": few_images,
+        "dataset": dataset_or_empty,
+        "output": folder_or_empty,
+    }
     teacher: str
     student: str
     minutes: float
@@ -582,7 +593,7 @@ def parameters(
     scope: dict,  # `globals()` of the notebook
     kind: type[Run],  # the notebook's parameter class
 ) -> Run:
-    "The parameters of a run notebook, checked; an unknown name is refused the first time, when only papermill can have set it."
+    "The parameters of a run notebook, checked; an unknown name is refused the first time."
     known, plain = [f.name for f in fields(kind)], (int, float, str, bool, list, dict, tuple, NoneType)
     for name, value in list(scope.items()) if "_parameters_checked" not in scope else ():
         if isinstance(value, plain) and not name.startswith("_") and name not in (*known, "In", "Out"):

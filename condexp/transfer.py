@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SAMPLINGS', 'MAX_EMPTY', 'EXAMINED', 'ASKED', 'RELATED', 'PARTS', 'PROBE_SEED', 'PROBES', 'check_sampling',
            'TransferSettings', 'quotas', 'FilterState', 'NonemptyBatches', 'take', 'predicted_classes', 'imageset_like',
-           'filtered', 'check_content', 'check_images', 'class_words', 'overlap', 'by_overlap', 'source_settings',
-           'read_settings', 'open_source', 'transfer_set', 'warn_of_gaps', 'is_synthetic', 'probe_method', 'probe_set']
+           'filtered', 'check_content', 'check_images', 'class_words', 'overlap', 'by_overlap', 'settings_of',
+           'check_settings', 'source_settings', 'read_settings', 'open_source', 'transfer_set', 'warn_of_gaps',
+           'is_synthetic', 'probe_method', 'probe_set']
 
 # %% ../nbs/08_transfer.ipynb #tra-02
 import functools
@@ -30,7 +31,7 @@ from .data import NAMES, ImageSet, content_hash, rank_within
 from .files import find_text
 from .models import Classifier, fingerprint, freeze
 from .shaders import read_programs
-from .sources import PHOTOS, SOURCES, Stream, StreamSpec, photograph, real_images, to_channels
+from .sources import PHOTOS, SOURCES, ImageStream, StreamSpec, photograph, real_images, to_channels
 from .training import precision_of
 
 # %% ../nbs/08_transfer.ipynb #tra-05
@@ -110,11 +111,11 @@ ASKED = {"cpu": 64}  # images in one forward pass, on other devices EXAMINED
 class NonemptyBatches:
     "The batches of a stream that are not empty; it ends after `MAX_EMPTY` empty ones in a row."
 
-    def __init__(self, stream: Stream):
+    def __init__(self, stream: ImageStream):
         self.stream, self.given = stream, 0
         self.resumable = hasattr(stream, "load_state_dict")  # others are read again from the start
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> ImageStream:
         return self
 
     def __next__(self) -> UInt8[Tensor, "n c h w"]:
@@ -138,7 +139,7 @@ class NonemptyBatches:
                 pass
 
 
-def take(stream: Stream, count: float) -> list[UInt8[Tensor, "n c h w"]]:
+def take(stream: ImageStream, count: float) -> list[UInt8[Tensor, "n c h w"]]:
     "The next batches, until they hold at least `count` images."
     parts = []
     while count > 0 and (frames := next(stream, None)) is not None:
@@ -174,7 +175,7 @@ def imageset_like(
 
 # %% ../nbs/08_transfer.ipynb #tra-17
 def filtered(
-    stream: Stream,
+    stream: ImageStream,
     teacher: Classifier,  # on the fabric's device; it is frozen
     settings: TransferSettings,
     fabric: Fabric,
@@ -270,10 +271,21 @@ def by_overlap(images: ImageSet, overlapping: Sequence[str]) -> tuple[ImageSet, 
     return images.subset(inside, part="overlapping classes"), images.subset(outside, part="other classes")
 
 # %% ../nbs/08_transfer.ipynb #tra-32
+def settings_of(source: Callable) -> list[inspect.Parameter]:
+    "What a source can be asked for, besides the `StreamSpec`."
+    return list(inspect.signature(source).parameters.values())[1:]
+
+
+def check_settings(settings: dict) -> None:
+    "Refuse a setting that no source has: it is mistyped."
+    known = sorted({p.name for source in SOURCES.values() for p in settings_of(source)})
+    for name in (name for name in settings if name not in known):
+        invalid(name, settings[name], f"no source has such a setting; there are {', '.join(known)}")
+
+
 def source_settings(name: str, settings: dict) -> dict:
     "The settings of the source called `name`: those of `settings` that it has, else its defaults."
-    source = SOURCES[check_choice("surrogate", name, SOURCES)]
-    parameters = list(inspect.signature(source).parameters.values())[1:]
+    parameters = settings_of(SOURCES[check_choice("surrogate", name, SOURCES)])
     if strange := [p.name for p in parameters if not isinstance(p.default, (bool, int, float, str, NoneType))]:
         allowed = "each of its settings must have a number, a text or None for a default"
         invalid("surrogate", name, f"{allowed}: {', '.join(strange)}")
@@ -297,9 +309,9 @@ def open_source(
     source: str | ImageSet,  # a name in SOURCES, or real images
     teacher: Classifier,
     settings: TransferSettings,
-    own: dict,  # settings of the source; those it does not have are not read
+    own: dict,  # settings of the source; those that only others have are not read
     fabric: Fabric,
-) -> tuple[Callable[[], Stream], dict, dict]:
+) -> tuple[Callable[[], ImageStream], dict, dict]:
     "(what begins the stream, its origin in plain values, its cache key); refuses what cannot be used."
     if not isinstance(source, ImageSet):
         own, spec = source_settings(source, own), teacher.spec
@@ -323,9 +335,10 @@ def transfer_set(
     fabric: Fabric,
     sampling: str = "uniform",  # over the teacher's predicted classes, one of SAMPLINGS
     budget: float = 20.0,  # candidates examined for each image wanted, after which no further batch is read
-    **own,  # settings of the source; those it does not have are not read
+    **own,  # settings of the source; those that only others have are not read
 ) -> ImageSet:  # on the CPU, labelled with the teacher's predictions
     "A transfer set for `teacher`, from the cache if it was made before; warns of classes that are not full."
+    check_settings(own)
     settings = TransferSettings(count, seed, sampling, float(budget))
     begin, origin, key = open_source(source, teacher, settings, own, fabric)
     key = dict(origin=key, settings=settings, teacher=fingerprint(teacher), precision=precision_of(fabric))

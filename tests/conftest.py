@@ -17,6 +17,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from xdist.scheduler import LoadScopeScheduling
 
+from condexp.cache import Checkpoint
 from condexp.data import load_splits, random_per_class
 from condexp.models import freeze, save_classifier
 from condexp.training import Schedule, make_fabric, train_classifier
@@ -108,6 +109,14 @@ def folder(photographs, tmp_path):
         return tmp_path / name
 
     return make
+
+
+class Killed(Checkpoint):
+    "A checkpoint after whose first save the process dies."
+
+    def save(self, state, every=0.0):
+        super().save(state, every)
+        raise KeyboardInterrupt
 
 
 class Papermill:

@@ -33,6 +33,9 @@ STAGES = {  # name -> notebook, parameters, whether it is given a teacher
     "mixed": ("run_kd", KD | {"arms": "mixed"}, True),
     "expanded": ("run_kd", KD | {"arms": "expanded"}, True),
     "transfer set": ("run_surrogate", SET | STUDENT | {"surrogate": "noise", "images": 200}, True),
+    "inverted set": (
+        "run_surrogate", SET | STUDENT | {"surrogate": "inversion", "images": 200, "inversion_steps": 4}, True
+    ),
     "attack": ("run_boundary", SET | STUDENT | {"surrogate": "noise", "images": 40, "attack_steps": 20}, True),
 }
 PASSING = {"seconds", "date", "time", "environment"}  # what may differ from run to run
@@ -113,12 +116,14 @@ def trial(stage: Stage, notebook: str, parameters: dict, folder: Path, moments: 
         process = start(notebook, parameters, folder, cache)
         try:
             process.wait(timeout=moment)
-            stage.early += 1
         except subprocess.TimeoutExpired:
             kill(process)
             stage.kills += 1
             kept = [p for p in cache.rglob("*") if p.suffix in (".checkpoint", ".safetensors")]
             stage.resumed += any(p.parent.name != "images" for p in kept)
+        else:
+            finish(process, folder)  # raises what the run ended with, if it did not end well
+            stage.early += 1
     record = finish(start(notebook, parameters, folder, cache), folder)
     if record != stage.record:
         when = ", ".join(f"{moment:.1f}" for moment in moments)

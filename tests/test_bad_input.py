@@ -1,19 +1,26 @@
 """Bad input is refused in one sentence that names the parameter, before any work, and leaves nothing behind."""
 
 import ast
+import functools
 import tarfile
+import tempfile
+from pathlib import Path
 
+import numpy as np
 import papermill as pm
 import pytest
 import torch
 from conftest import ROOT, Papermill
 from dataclasses import replace
+from PIL import Image
 
 from condexp.cache import cache_dir, load_tensors, save_tensors
+from condexp.data import load_splits
 from condexp.models import make_classifier, save_classifier
-from condexp.parameters import RunAlignment, RunBoundary, RunCondense, RunKD, RunQuality, RunSurrogate, RunTeacher
-from condexp.parameters import parameters
+from condexp.parameters import RunAlignment, RunBoundary, RunCondense, RunImport, RunKD, RunQuality, RunSurrogate
+from condexp.parameters import RunTeacher, parameters
 from condexp.runs import open_run, open_teacher, resolve_ipc, transfer_source
+from condexp.teachers import import_teacher
 
 KINDS = {
     "run_kd": RunKD,
@@ -23,6 +30,7 @@ KINDS = {
     "run_quality": RunQuality,
     "run_surrogate": RunSurrogate,
     "run_boundary": RunBoundary,
+    "run_import": RunImport,
 }
 WITHOUT_GL = {"run_surrogate": {"backend": "torch"}, "run_quality": {"backend": "torch"}}  # OpenGL may not be there
 
@@ -35,9 +43,19 @@ def defaults(notebook):
     }
 
 
+@functools.cache
+def untrained():
+    "The file of a classifier that has learned nothing."
+    model = make_classifier("wrn_10_1", load_splits("digits", 16).train)
+    return str(save_classifier(Path(tempfile.mkdtemp()) / "untrained.safetensors", model, {"accuracy": None}))
+
+
 def begin(notebook, **given):
     "What the first cells of a run notebook do."
+    given = ({"weights": untrained()} if notebook == "run_import" else {}) | given
     run = parameters(defaults(notebook) | WITHOUT_GL.get(notebook, {}) | given, KINDS[notebook])
+    if notebook == "run_import":
+        return import_teacher(run.weights, run.architecture, run.classes, run.size, run.channels, run.mean, run.std)
     fabric, splits = open_run(run)
     if hasattr(run, "ipc"):
         resolve_ipc(run, splits.train)
@@ -159,7 +177,7 @@ def test_temperature_is_a_positive_number(value):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("notebook", KINDS)
+@pytest.mark.parametrize("notebook", sorted({*KINDS} - {"run_import"}))
 def test_cuda_is_refused_where_there_is_none(notebook):
     refused(notebook, "device", "cuda")
 
@@ -301,6 +319,14 @@ def test_numbers_of_a_transfer_set_are_refused(name, value):
 
 def test_a_teacher_without_batchnorm_has_no_statistics_of_batches():
     assert "convnet3_w64, has no" in refused("run_surrogate", "batch_statistics", True, teacher="convnet3_w64")
+
+
+def test_a_photo_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    Image.fromarray(np.eye(8, dtype="f4")).save(tmp_path / "depths.tif")
+    assert "32-bit values" in refused("run_surrogate", "photo", str(tmp_path / "depths.tif"), surrogate="single_image")
+    Image.new("L", (8, 8)).save(tmp_path / "large.png")
+    monkeypatch.setattr("condexp.files.MAX_PIXELS", 63)
+    assert "at most 63 are" in refused("run_surrogate", "photo", str(tmp_path / "large.png"), surrogate="single_image")
 
 
 def test_a_real_set_has_the_part_that_is_asked_for(folder):

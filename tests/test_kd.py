@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Killed
 
 from condexp.augment import Augment
 from condexp.cache import Checkpoint
@@ -61,14 +62,6 @@ def test_a_setting_that_a_method_reads_is_part_of_its_key(change):
 
 
 # Pairs
-
-
-class Killed(Checkpoint):
-    "A checkpoint after whose first save the process dies."
-
-    def save(self, state, every=0.0):
-        super().save(state, every)
-        raise KeyboardInterrupt
 
 
 class Recorder:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import Killed
 
 from condexp import training
 from condexp.augment import standard
@@ -22,14 +23,6 @@ from condexp.training import (
 )
 
 SCHEDULE = Schedule(epochs=4, steps=6, batch_size=32)
-
-
-class Killed(Checkpoint):
-    "A checkpoint after which the process dies."
-
-    def save(self, state, every=0.0):
-        super().save(state, every)
-        raise KeyboardInterrupt
 
 
 def train(digits, fabric, checkpoint):

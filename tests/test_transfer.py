@@ -1,5 +1,6 @@
 """Transfer sets: one contract for all sources, the teacher-balanced filter, the attack's precision."""
 
+import functools
 import warnings
 import weakref
 from dataclasses import replace
@@ -8,13 +9,12 @@ import pytest
 import torch
 
 from condexp.boundary import attacked_set
-from condexp.data import ImageSet
 from condexp.kd import Distillation, distil, estimate_statistics
-from condexp.models import fingerprint, freeze, make_classifier
+from condexp.models import ModelSpec, fingerprint, freeze, from_spec
 from condexp.quality import normalised_entropy, vendi_score
 from condexp.shaders import evaluate, gl_context, render, write_program
 from condexp.sources import SOURCES, StreamSpec, to_channels
-from condexp.training import accuracy, make_fabric, predict
+from condexp.training import accuracy, make_fabric, predict, seeded
 from condexp.transfer import EXAMINED, TransferSettings, filtered, overlap, source_settings, take, transfer_set
 
 try:
@@ -23,12 +23,21 @@ try:
 except RuntimeError as error:
     NO_GL = str(error)
 
-SMALL = {"backend": "torch", "programs": 4, "shapes": 30, "batch": 30}
+SMALL = {"backend": "torch", "programs": 4, "shapes": 30, "batch": 30, "warmup": 0, "inversion_steps": 2}
+
+
+@functools.cache
+def untrained(size, channels):
+    "A teacher that has learned nothing."
+    spec = ModelSpec("wrn_10_1", tuple("abcdefghij"), channels, size, (0.5,) * channels, (0.25,) * channels)
+    with seeded(0):
+        return freeze(from_spec(spec))
 
 
 def first(name, n, size=16, seed=0, channels=3, **settings):
     "The first images of a stream."
-    spec = StreamSpec(size, seed, (0.5,) * channels, (0.25,) * channels)
+    asked = untrained(size, channels)
+    spec = StreamSpec(size, seed, asked.spec.mean, asked.spec.std, asked, make_fabric("cpu", "32"))
     stream = SOURCES[name](spec, **source_settings(name, SMALL | settings))
     return to_channels(torch.cat(take(stream, n))[:n], channels)
 
@@ -58,16 +67,11 @@ def test_a_stream_leaves_the_global_random_state_alone(name):
 @pytest.mark.parametrize("grey", [False, True], ids=["colour", "grey"])
 def test_shaders_are_more_diverse_than_leaves_and_leaves_than_noise(grey):
     "Paper B's order, in the features of a network that has learned nothing."
-    classes, about = tuple("abcdefghij"), ((0.5,) * 3, (0.25,) * 3)
-    like = ImageSet(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.zeros(1).long(), classes, *about)
-    torch.manual_seed(0)
-    network = freeze(make_classifier("wrn_10_1", like))
-
     def diversity(name):
         x = first(name, 300, programs=64, shapes=100, batch=300)
         x = to_channels(to_channels(x, 1), 3) if grey else x
         with torch.no_grad():
-            return vendi_score(network.features_logits(x.float() / 255)[0])
+            return vendi_score(untrained(16, 3).features_logits(x.float() / 255)[0])
 
     assert diversity("shaders") > diversity("leaves") > diversity("noise")
 
@@ -179,9 +183,15 @@ def test_a_source_written_anew_or_set_otherwise_is_another_set(teacher, fabric, 
 
 
 def test_a_setting_without_a_plain_default_is_refused(teacher, fabric, monkeypatch):
-    monkeypatch.setitem(SOURCES, "stripes", lambda spec, palette=None, width=3: iter(()))
+    monkeypatch.setitem(SOURCES, "stripes", lambda spec, palette=(), width=3: iter(()))
     with pytest.raises(ValueError, match="surrogate is 'stripes', but each of its settings .* default: palette"):
         transfer_set("stripes", teacher, 8, 0, fabric)
+
+
+def test_a_setting_that_no_source_has_is_refused(teacher, digits, fabric):
+    for source in ("leaves", digits.train):
+        with pytest.raises(ValueError, match="^shape is 30, but no source has such a setting; there are backend, batch,"):
+            transfer_set(source, teacher, 8, 0, fabric, shape=30)
 
 
 def test_the_old_name_of_no_sampling_is_accepted_and_says_the_new_one(teacher, digits, fabric):
