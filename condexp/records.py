@@ -7,7 +7,7 @@ __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER'
            'PAPER_LABELS', 'BATCH_STATISTICS', 'CONTRASTS', 'TABLE', 'environment', 'commit_of', 'peak_memory',
            'write_record', 'json_safe', 'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text',
            'read_records', 'plus_minus', 'paired', 'best_baseline', 'describe_scale', 'paired_table', 'plot_students',
-           'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_methods', 'wilson', 'scores', 'agreement_in_words',
+           'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_methods', 'scores', 'agreement_in_words',
            'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
@@ -435,13 +435,6 @@ def plot_methods(
     grid.legend.set_title(None)
     plt.close(grid.figure)
     return grid.figure
-
-# %% ../nbs/11_records.ipynb #cell-47a
-def wilson(percent: float, n: int) -> tuple[float, float]:  # percent
-    "The 95 % interval of Wilson (1927) for an accuracy on `n` images."
-    p, z2 = percent / 100, 1.96**2
-    middle, half = p + z2 / (2 * n), 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
-    return 100 * (middle - half) / (1 + z2 / n), 100 * (middle + half) / (1 + z2 / n)
 
 # %% ../nbs/11_records.ipynb #cell-41a
 def scores(record: dict) -> tuple[dict[str, float], str, str]:
