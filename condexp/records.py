@@ -8,7 +8,7 @@ __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER'
            'write_record', 'json_safe', 'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text',
            'read_records', 'plus_minus', 'paired', 'best_baseline', 'describe_scale', 'paired_table', 'plot_students',
            'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_methods', 'scores', 'agreement_in_words',
-           'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table', 'wilson', 'plot_accuracies']
+           'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -33,7 +33,7 @@ import condexp
 from .cache import cached, invalid, load_tensors, save_tensors, write_atomic
 from .data import ImageSet
 from .models import Classifier, fingerprint
-from .training import precision_of, predict
+from .training import precision_of, predict, wilson
 
 # %% ../nbs/11_records.ipynb #cell-05
 def environment(fabric: Fabric) -> dict:
@@ -590,13 +590,6 @@ def method_table(record: dict) -> pd.DataFrame:
             if key not in hidden and any(key in row for row in rows.values())
         }
     )
-
-# %% ../nbs/11_records.ipynb #cell-47a
-def wilson(percent: float, n: int) -> tuple[float, float]:  # percent
-    "The 95 % interval of Wilson (1927) for an accuracy on `n` images."
-    p, z2 = percent / 100, 1.96**2
-    middle, half = p + z2 / (2 * n), 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
-    return 100 * (middle - half) / (1 + z2 / n), 100 * (middle + half) / (1 + z2 / n)
 
 # %% ../nbs/11_records.ipynb #cell-47
 def plot_accuracies(record: dict) -> Figure:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'CUDA_ONLY', 'bf16_on_cpu', 'automatic_precision', 'make_fabric', 'precision_of', 'on_device',
            'rng_state', 'set_rng_state', 'seeded', 'Stream', 'Schedule', 'default_schedule', 'onecycle', 'predict',
-           'accuracy', 'epoch_order', 'check_finite', 'fit_epoch', 'snapshot', 'resume', 'fit', 'fixed_indices',
-           'fixed_subset', 'train_classifier']
+           'accuracy', 'wilson', 'epoch_order', 'check_finite', 'fit_epoch', 'snapshot', 'resume', 'fit',
+           'fixed_indices', 'fixed_subset', 'train_classifier']
 
 # %% ../nbs/03_training.ipynb #cell-02
 import hashlib
@@ -224,6 +224,13 @@ def accuracy(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: in
     "Percent of the images whose class is the model's first choice."
     chosen = torch.cat([logits.argmax(1) for _, logits in _batches(model, images, fabric, batch_size)])
     return 100 * float((chosen == images.hard_labels.to(chosen.device)).float().mean())
+
+# %% ../nbs/03_training.ipynb #cell-19w
+def wilson(percent: float, n: int) -> tuple[float, float]:  # percent
+    "The 95 % interval of Wilson (1927) for an accuracy on `n` images."
+    p, z2 = percent / 100, 1.96**2
+    middle, half = p + z2 / (2 * n), 1.96 * math.sqrt(p * (1 - p) / n + z2 / (4 * n**2))
+    return 100 * (middle - half) / (1 + z2 / n), 100 * (middle + half) / (1 + z2 / n)
 
 # %% ../nbs/03_training.ipynb #cell-22
 def epoch_order(n: int, schedule: Schedule, device: torch.device) -> Int[Tensor, "steps batch"]:
