@@ -46,8 +46,8 @@ def draw_answers(
     teacher: Classifier,
     fabric: Fabric,
     seed: int,
-    draws: int = 20,
-    size: int = 640,  # images a draw
+    draws: int = 10,
+    size: int = 256,  # images a draw
 ) -> Float[Tensor, "r n k"]:
     "The teacher's probabilities of augmented images, some draws of them."
     augment, like = AUGMENTATIONS["normal"](teacher_set(teacher, fabric)), teacher_set(teacher, fabric)
