@@ -144,3 +144,11 @@ def test_front_page_and_readme_tell_the_same():
 def test_readme_links_lead_somewhere():
     for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / link).exists(), link
+
+
+def test_the_numbers_of_the_decision_guide_are_those_of_the_page():
+    section = (ROOT / "README.md").read_text().split("## I have a teacher and no data")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")]
+    cells = json.loads((ROOT / "reports/paper_datafree.ipynb").read_text())["cells"]
+    shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", []))
+    assert len(rows) > 5 and all(row in shown for row in rows)
