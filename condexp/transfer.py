@@ -394,6 +394,6 @@ def probe_set(
     "Images to compare a student with its teacher on, when there are no others; seed and method are their own."
     method = probe_method(used)
     own = dict(inversion=method) | PROBES[method]
-    probe = transfer_set("inversion", teacher, count, PROBE_SEED, fabric, budget=2.0, **own)
+    probe = transfer_set("inversion", teacher, count, PROBE_SEED, fabric, budget=1.2, **own)
     about = {"dataset": f"probe images, inverted by {method}", "labels": "teacher"}
     return replace(probe, provenance=probe.provenance | about)
