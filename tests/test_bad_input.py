@@ -16,9 +16,10 @@ from PIL import Image
 
 from condexp.cache import cache_dir, load_tensors, save_tensors
 from condexp.data import load_splits
+from condexp.datafree import open_job
 from condexp.models import make_classifier, save_classifier
-from condexp.parameters import RunAlignment, RunBoundary, RunCondense, RunImport, RunKD, RunQuality, RunSurrogate
-from condexp.parameters import RunTeacher, parameters
+from condexp.parameters import RunAlignment, RunBoundary, RunCondense, RunDatafree, RunImport, RunKD, RunQuality
+from condexp.parameters import RunSurrogate, RunTeacher, parameters
 from condexp.runs import open_run, open_teacher, resolve_ipc, transfer_source
 from condexp.teachers import import_teacher
 
@@ -31,7 +32,9 @@ KINDS = {
     "run_surrogate": RunSurrogate,
     "run_boundary": RunBoundary,
     "run_import": RunImport,
+    "run_datafree": RunDatafree,
 }
+NEEDED = {"run_import": "weights", "run_datafree": "teacher"}  # parameters without a default that works: a file
 WITHOUT_GL = {"run_surrogate": {"backend": "torch"}, "run_quality": {"backend": "torch"}}  # OpenGL may not be there
 
 
@@ -52,10 +55,12 @@ def untrained():
 
 def begin(notebook, **given):
     "What the first cells of a run notebook do."
-    given = ({"weights": untrained()} if notebook == "run_import" else {}) | given
+    given = ({NEEDED[notebook]: untrained()} if notebook in NEEDED else {}) | given
     run = parameters(defaults(notebook) | WITHOUT_GL.get(notebook, {}) | given, KINDS[notebook])
     if notebook == "run_import":
         return import_teacher(run.weights, run.architecture, run.classes, run.size, run.channels, run.mean, run.std)
+    if notebook == "run_datafree":
+        return open_job(run)
     fabric, splits = open_run(run)
     if hasattr(run, "ipc"):
         resolve_ipc(run, splits.train)
