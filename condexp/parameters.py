@@ -352,7 +352,7 @@ class RunArms(RunDistil):
             check_choice("arms", arm, COMPARED)
         object.__setattr__(self, "arms", sorted(self.arms, key=list(COMPARED).index))
 
-
+# %% ../nbs/12_parameters.ipynb #cell-23a
 @dataclass(frozen=True)
 class RunKD(RunArms):
     "Parameters of `run_kd`. Without a data set the methods that need one are left out."
@@ -552,7 +552,7 @@ def teacher_file(name: str, value) -> str:
         invalid(name, value, "it must be a .safetensors file that run_import or run_teacher wrote")
     return existing_path(name, value)
 
-
+# %% ../nbs/12_parameters.ipynb #import-5a
 @dataclass(frozen=True)
 class RunDatafree:
     "Parameters of `run_datafree`."

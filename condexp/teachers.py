@@ -485,7 +485,7 @@ def read_content(path: Path) -> tuple[Any, dict]:
         return read_safetensors(path)
     return load_torch(path, "weights", STATE_DICT), {}
 
-
+# %% ../nbs/14_teachers.ipynb #cell-31a
 def file_classes(content: Any) -> tuple[str, ...]:
     "The class names in a checkpoint or a configuration, in the order of the logits, if there are any."
     if not isinstance(content, dict):
