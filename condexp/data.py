@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'INSTALLED', 'TORCHVISION', 'NAMES', 'check_statistics', 'ImageSet', 'pack', 'unpack', 'load_set',
            'show_images', 'validation_split', 'random_per_class', 'rank_within', 'Splits', 'Layout', 'find_layout',
-           'annotate', 'Assignment', 'assign_splits', 'class_names', 'describe_left_out', 'channel_statistics',
-           'make_splits', 'vision_entries', 'known_dataset', 'load_splits', 'load_images']
+           'annotate', 'Assignment', 'assign_splits', 'class_names', 'check_pairs', 'describe_left_out',
+           'channel_statistics', 'make_splits', 'vision_entries', 'known_dataset', 'load_splits', 'load_images']
 
 # %% ../nbs/00_data.ipynb #cell-02
 import functools
@@ -363,10 +363,14 @@ def class_names(
         where, missing = ("train", test - train) if test - train else (assigned.test, train - test)
         pair = f"train/ and {assigned.test}/ must hold the same classes"
         raise DataError(f"{pair}; {where}/ lacks {', '.join(sorted(missing)[:3])}")
-    counts = Counter(assigned.places)
-    if single := [c for c in sorted(train) if not test and counts["train", c] < 2]:
-        raise DataError(f"without test/ each class needs two images, one to hold out; {single[0]!r} has one")
     return sorted(train)
+
+
+def check_pairs(assigned: Assignment) -> None:
+    "Refuse to hold out a part of a class that has one image."
+    counts = Counter(assigned.places)
+    if single := sorted(c for (part, c), n in counts.items() if part and n < 2):
+        raise DataError(f"without test/ each class needs two images, one to hold out; {single[0]!r} has one")
 
 # %% ../nbs/00_data.ipynb #cell-37
 def describe_left_out(
@@ -426,6 +430,8 @@ def make_splits(
     order = [i for i in sorted(range(len(paths)), key=paths.__getitem__) if assigned.places[i][0]]
     labels = torch.tensor([classes.index(assigned.places[i][1]) for i in order])
     test = np.array([assigned.places[i][0] == "test" for i in order])
+    if not test.any():
+        check_pairs(assigned)
     indices = (np.flatnonzero(~test), np.flatnonzero(test)) if test.any() else _hold_out(labels, 0.2)
     train, test = ((found.images[np.array(order)[i]].contiguous(), labels[i]) for i in indices)
     norm = channel_statistics(train[0])
@@ -581,12 +587,14 @@ def _transfer_images(found: Pictures, left: LeftOut, config: dict) -> ImageSet:
     tested = [False] * len(found.paths)
     with suppress(DataError):  # no folders of classes
         paths = annotate(found.paths, left.annotations)
-        tested = [part == "test" for part, _ in assign_splits(paths, find_layout(paths)).places]
-        train, test, _ = make_splits(found, config, left=left)
+        assigned = assign_splits(paths, find_layout(paths))
+        tested = [part == "test" for part, _ in assigned.places]
         if any(tested):
-            return train
-        both = [torch.cat(pair) for pair in ((train.images, test.images), (train.labels, test.labels))]
-        return ImageSet(*both, train.classes, *channel_statistics(found.images), config)
+            return make_splits(found, config, left=left).train
+        classes = class_names(assigned)
+        order = [i for i in sorted(range(len(paths)), key=paths.__getitem__) if assigned.places[i][0]]
+        labels = torch.tensor([classes.index(assigned.places[i][1]) for i in order])
+        return ImageSet(found.images[order], labels, tuple(classes), *channel_statistics(found.images), config)
     order = [i for i in sorted(range(len(tested)), key=found.paths.__getitem__) if not tested[i]]
     images, labels = found.images[order], torch.zeros(len(order), dtype=torch.long)
     return ImageSet(images, labels, ("image",), *channel_statistics(images), config)

@@ -5,11 +5,21 @@ import json
 import pytest
 from PIL import Image
 
-from condexp.data import ImageSet, random_per_class
-from condexp.models import load_classifier
-from condexp.training import accuracy
+from condexp.data import ImageSet, load_splits, random_per_class
+from condexp.models import load_classifier, save_classifier
+from condexp.training import Schedule, accuracy, train_classifier
 
+TINY = Schedule(epochs=6, steps=30, batch_size=64)
 SMALL = {"dataset": "digits", "student": "wrn_10_1", "backend": "torch", "epochs": 6, "steps": 25}
+
+
+@pytest.fixture(scope="module")
+def small_teacher(fabric, tmp_path_factory):
+    "The file of a teacher that is quick to invert, and the digits that it has not seen."
+    digits = load_splits("digits", 8)
+    teacher, meta = train_classifier("wrn_10_1", digits, TINY, 0, fabric)
+    assert meta["accuracy"] > 85
+    return save_classifier(tmp_path_factory.mktemp("small") / "digits.safetensors", teacher, meta), digits
 
 
 def record(folder):
@@ -38,41 +48,41 @@ def test_a_set_is_made_judged_and_learned_from(papermill, teacher_file):
     assert r["counts"]["original"] == [60] * 10
 
 
-def test_a_teacher_without_any_data_gets_a_student(papermill, teacher_file, digits, fabric):
+def test_a_teacher_without_any_data_gets_a_student(papermill, small_teacher, fabric):
     asked = {"dataset": "", "surrogate": "inversion", "inversion_steps": 5, "images": 300, "output": "made"}
-    out = papermill("run_surrogate", **SMALL | asked, teacher=teacher_file)
+    out = papermill("run_surrogate", **SMALL | asked, teacher=small_teacher[0])
     assert out.returncode == 0, out.stdout
     r, made, name = record(papermill.folder), papermill.folder / "made", "inversion (fast)"
     student, meta = load_classifier(made / f"{name}.student.safetensors")
     assert r["agreement"][name] == meta["agreement"] > 50 and "accuracy" not in meta | r["accuracy"]
     assert r["probe"] == "probe images, inverted by cmi" and "accuracy" not in r["histories"][name][-1]
     assert len(ImageSet.load(made / f"{name}.images.safetensors")) == r["images"][name] == 300
-    assert accuracy(student, digits.test, fabric) > 50  # of the digits that nobody had at hand
+    assert accuracy(student, small_teacher[1].test, fabric) > 50  # of the digits that nobody had at hand
 
 
-def test_without_data_the_methods_that_need_none_run(papermill, teacher_file, digits, tmp_path):
-    few = random_per_class(digits.train, 1, seed=0)
+def test_without_data_the_methods_that_need_none_run(papermill, small_teacher, tmp_path):
+    few = random_per_class(small_teacher[1].train, 1, seed=0)
     for image, label in zip(few.images, few.hard_labels, strict=True):
         (tmp_path / "few" / few.classes[int(label)]).mkdir(parents=True)
         Image.fromarray(image[0].numpy()).save(tmp_path / "few" / few.classes[int(label)] / "0.png")
     asked = {"dataset": "", "condenser": tmp_path / "few", "student": "wrn_10_1", "epochs": 2, "steps": 3, "inversion_steps": 3}
-    out = papermill("run_kd", **asked, teacher=teacher_file)
+    out = papermill("run_kd", **asked, teacher=small_teacher[0])
     assert out.returncode == 0 and "left out are random, full" in (papermill.folder / "out.ipynb").read_text(), out.stdout
     r = record(papermill.folder)
     assert list(r["agreement"]) == ["condensed", "inversion", "mixed", "expanded"] and r["accuracy"] == {}
     assert r["images"]["condensed"] == 10 and r["settings"]["alignment"] == "conditional_few"
 
 
-def test_a_student_is_made_from_a_teacher_and_nothing_else(papermill, teacher_file, digits, fabric):
+def test_a_student_is_made_from_a_teacher_and_nothing_else(papermill, small_teacher, fabric):
     asked = {"sources": "fast,noise", "images": 300, "minutes": 0.3, "student": "wrn_10_1", "dataset": "digits"}
-    out = papermill("run_datafree", **asked, teacher=teacher_file, precision="32")
+    out = papermill("run_datafree", **asked, teacher=small_teacher[0], precision="32")
     assert out.returncode == 0, out.stdout
     r, made = record(papermill.folder), papermill.folder / "made"
     assert "fast" in r["chosen"] and r["predicted"]["fast"] > r["predicted"]["noise"]
     low, high = r["interval"]
     assert low < r["agreement"] < high and r["agreement"] > 50
     student, meta = load_classifier(made / "student.safetensors")
-    assert accuracy(student, digits.test, fabric) == pytest.approx(r["accuracy"][r["chosen"]]) and "accuracy" not in meta
+    assert accuracy(student, small_teacher[1].test, fabric) == pytest.approx(r["accuracy"][r["chosen"]]) and "accuracy" not in meta
     assert {"student.onnx", "student.pt2", "transfer.images.safetensors"} <= {p.name for p in made.iterdir()}
     assert "greement" in (made / "README.md").read_text() and str(papermill.folder) not in json.dumps(r)
 
