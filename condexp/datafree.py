@@ -59,7 +59,7 @@ class Source:
         examined = made.provenance["examined"]
         return made.provenance["seconds"] / len(made) * examined / (examined + thrown)
 
-
+# %% ../nbs/16_datafree.ipynb #df-05a
 def shader_backend() -> str:
     "`opengl` where this machine can draw with it, else `torch`."
     try:
@@ -185,7 +185,7 @@ def seconds_per_step(teacher: Classifier, student_name: str, batch_size: int, fa
         took.append(time.perf_counter() - began)
     return min(took[1:])
 
-
+# %% ../nbs/16_datafree.ipynb #df-16a
 def make_plan(
     classes: int,
     image_seconds: float,
@@ -286,7 +286,7 @@ def plan_in_words(plan: Plan) -> str:
     many, minutes = f"**{plan.images:,} images** and {plan.epochs * plan.steps:,} student steps", plan.seconds / 60
     return f"{many} of {plan.batch_size} images, in about {max(1, round(minutes))} min by what the small sets took."
 
-
+# %% ../nbs/16_datafree.ipynb #df-22a
 def build_set(chosen: str, plan: Plan, job: Job, seed: int) -> ImageSet:
     "The images to learn from: of the chosen sources, equally many of each; with a few labelled images, these."
     if chosen == EXPANDED:

@@ -155,22 +155,16 @@ class Distillation:
     temperature: float = 4.0
     direction: str = "forward"  # of the KL divergence, see `kd_loss`
     inversion: str = "fast"  # a name in INVERSIONS
-    term_weights: dict[str, float] = field(
-        default_factory=dict
-    )  # of the inversion's terms, where not its own
+    term_weights: dict[str, float] = field(default_factory=dict)  # of its terms, where not its own
     inversion_steps: int = 0  # generator steps a batch; 0: the recipe's own
     batches_per_epoch: int = 1  # synthesised
     synthesis_batch: int = 100  # images a synthesised batch
     warmup: int = 10  # batches synthesised, and thrown away, before the first epoch
     adversarial_after: int = 2  # epochs before the inversion's adversarial term reads the student
     alignment: str = "conditional"  # a name in ALIGNMENTS
-    alignment_weight: float | None = (
-        None  # of the alignment in the generator's loss; None: the alignment's own
-    )
+    alignment_weight: float | None = None  # in the generator's loss; None: the alignment's own
     layer: str = "penultimate"  # where features are aligned; else the name of a module of the teacher
-    labels: str = (
-        "soft"  # what is learned: the teacher's softened answers; "hard": its choice, by cross-entropy
-    )
+    labels: str = "soft"  # the teacher's softened answers; "hard": its choice, by cross-entropy
     augmentation: str = "normal"  # a name in AUGMENTATIONS
     mixup: bool = False  # blend each image with another; the teacher labels the blend
     batch_statistics: bool = False  # BatchNorm of teacher and student by each batch's own statistics

@@ -259,11 +259,8 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
         return run.surrogate
     images = real_source(run, train)
     if images.size != train.size:
-        invalid(
-            "surrogate",
-            Path(run.surrogate).name,
-            f"its size, {images.size}, must be that of dataset, {train.size}",
-        )
+        wanted = f"its size, {images.size}, must be that of dataset, {train.size}"
+        invalid("surrogate", Path(run.surrogate).name, wanted)
     if run.images > len(check_content(images, "surrogate")):
         invalid("images", run.images, f"{Path(run.surrogate).name} has {len(images)}; 0 takes them all")
     return images
@@ -299,10 +296,8 @@ def part_of(run: RunQuality, train: ImageSet) -> ImageSet:
     chosen = by_overlap(images, list(found))[run.part == "out"]
     if not len(chosen):
         invalid("part", run.part, f"no class of {Path(run.surrogate).name} is in that part")
-    return replace(
-        chosen,
-        provenance=chosen.provenance | {"overlap": {words[name]: known for name, known in found.items()}},
-    )
+    overlapping = {words[name]: known for name, known in found.items()}
+    return replace(chosen, provenance=chosen.provenance | {"overlap": overlapping})
 
 # %% ../nbs/13_runs.ipynb #cell-57b
 def related_words(run: RunQuality, train: ImageSet) -> dict[str, Sequence[str]]:
