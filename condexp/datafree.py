@@ -27,7 +27,7 @@ from .kd import Distillation, MethodResult, StudentTraining, SyntheticSet, disti
 from .models import Classifier, check_model, fingerprint, freeze, make_classifier
 from .parameters import RunDatafree
 from .runs import as_teacher_takes, given_set, read_teacher
-from .scores import predict_measures, score
+from .scores import predict_measures, rank_sources, score
 from .shaders import gl_context
 from .sources import SOURCES
 from .training import make_fabric, on_device, precision_of
@@ -136,11 +136,11 @@ def judge(
     rows = {}
     for name in progress(list(sets), "judging"):
         rows[name] = judged(sets[name], teacher, probe, fabric, seed)
-    best = sorted(rows, key=lambda name: rows[name]["score"], reverse=True)[:2]
+    best = rank_sources(rows)[:2]
     if len(best) == 2:
         halves = [sets[name].subset(range(0, len(sets[name]), 2)) for name in best]
         rows[" + ".join(best)] = judged(joined(halves), teacher, probe, fabric, seed)
-    return dict(sorted(rows.items(), key=lambda row: row[1]["score"], reverse=True))
+    return {name: rows[name] for name in rank_sources(rows)}
 
 
 def judged(images: ImageSet, teacher: Classifier, probe: ImageSet, fabric: Fabric, seed: int) -> dict:
