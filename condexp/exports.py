@@ -344,7 +344,7 @@ def _input(student: dict[str, Any]) -> str:
 
 LIMITS = (
     "Agreement is not accuracy: where the teacher is wrong, a student that agrees with it is wrong as well.",
-    "Agreement was measured on the probe. On images of another kind it may be lower.",
+    "Agreement was measured on the probe. On real images it may be far lower: it compares students of one teacher.",
     "The student has no answer for an image that belongs to none of its classes: it names one all the same.",
     "Times are of the machine on which the student was made.",
 )

@@ -186,8 +186,6 @@ class Distillation:
         read = {name: value for name, value in asdict(self).items() if name not in unread}
         if method.aligned:
             read["alignment"] = asdict(alignment_settings(self.alignment, self.alignment_weight))
-        if not self.batch_statistics:
-            del read["batch_statistics"]  # results from before it was there are the same
         return read
 
 # %% ../nbs/07_kd.ipynb #bs-02
@@ -222,8 +220,10 @@ def shuffled(images: ImageSet) -> ImageSet:
 
 def student_accuracy(student: Classifier, images: ImageSet, settings: Distillation, fabric: Fabric) -> float:
     "Percent of the images that a student gets right, its BatchNorm layers as the settings have them."
+    if not settings.batch_statistics:
+        return accuracy(student, images, fabric)
     size = math.ceil(len(images) / math.ceil(len(images) / 512))
-    with batch_statistics(student, settings.batch_statistics):
+    with batch_statistics(student):
         return accuracy(student, shuffled(images), fabric, size)
 
 

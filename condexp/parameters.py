@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Check', 'EVALUATE', 'PATHS', 'CHECKS', 'text', 'at_least', 'positive', 'choice', 'names', 'weights', 'weight',
            'writable', 'file_or_empty', 'folder_or_empty', 'existing_file', 'model', 'model_or_file', 'condenser',
-           'transfer_name', 'evaluate', 'sampling', 'boolean', 'Run', 'RunTraining', 'RunTeacher', 'RunCondense',
-           'known_inversion', 'RunDistil', 'known_alignment', 'RunArms', 'RunKD', 'arms_without_data', 'RunAlignment',
-           'RunQuality', 'RunSurrogate', 'RunBoundary', 'RunFeatures', 'existing_path', 'architecture', 'class_names',
-           'channel_values', 'dataset_or_empty', 'RunImport', 'named_sources', 'minutes', 'few_images', 'teacher_file',
-           'RunDatafree', 'parameters']
+           'transfer_name', 'evaluate', 'sampling', 'boolean', 'Parameters', 'Run', 'RunTraining', 'RunTeacher',
+           'RunCondense', 'known_inversion', 'RunDistil', 'known_alignment', 'RunArms', 'RunKD', 'arms_without_data',
+           'RunAlignment', 'RunQuality', 'RunSurrogate', 'RunBoundary', 'RunFeatures', 'existing_path', 'architecture',
+           'class_names', 'channel_values', 'dataset_or_empty', 'RunImport', 'named_sources', 'minutes', 'few_images',
+           'teacher_file', 'RunDatafree', 'parameters']
 
 # %% ../nbs/12_parameters.ipynb #cell-02
 import json
@@ -217,16 +217,11 @@ CHECKS: dict[str, Check] = {
 
 # %% ../nbs/12_parameters.ipynb #cell-19
 @dataclass(frozen=True)
-class Run:
-    "The parameters that every run notebook has."
+class Parameters:
+    "Parameters of a notebook, checked one by one and then together."
 
     own: ClassVar[dict[str, Check]] = {}  # checks in the place of those of `CHECKS`
-    without_data: ClassVar[bool] = False  # whether `dataset` may be empty, with a teacher from a file
     dataset: str
-    size: int
-    seed: int
-    device: str
-    precision: str
     record: str
 
     def __post_init__(self):
@@ -239,17 +234,7 @@ class Run:
 
     def check(self) -> None:
         "Refuse values that do not go together."
-        if not self.dataset:
-            self.check_without_data()
         writable("record", self.record_path("run"), folder=False)
-
-    def check_without_data(self) -> None:
-        "Refuse what data would be needed for."
-        if not self.without_data:
-            invalid("dataset", "", "it must be a text")
-        if not self.teacher.endswith(".safetensors"):
-            invalid("dataset", "", "without data the teacher must be a .safetensors file")
-        check_choice("evaluate", getattr(self, "evaluate", "test"), EVALUATE[:1])
 
     def record_path(self, notebook: str) -> Path:
         "Where the record goes: `record`, or a name made from the parameters."
@@ -259,6 +244,30 @@ class Run:
         "The parameters as a record keeps them: of paths the last part, lists as text."
         plain = {name: ",".join(v) if isinstance(v, list) else v for name, v in asdict(self).items()}
         return {name: Path(v).name if name in PATHS and v else v for name, v in plain.items()}
+
+# %% ../nbs/12_parameters.ipynb #cell-19a
+@dataclass(frozen=True)
+class Run(Parameters):
+    "What most run notebooks have."
+
+    without_data: ClassVar[bool] = False  # whether `dataset` may be empty, with a teacher from a file
+    size: int
+    seed: int
+    device: str
+    precision: str
+
+    def check(self) -> None:
+        if not self.dataset:
+            self.check_without_data()
+        super().check()
+
+    def check_without_data(self) -> None:
+        "Refuse what data would be needed for."
+        if not self.without_data:
+            invalid("dataset", "", "it must be a text")
+        if not self.teacher.endswith(".safetensors"):
+            invalid("dataset", "", "without data the teacher must be a .safetensors file")
+        check_choice("evaluate", getattr(self, "evaluate", "test"), EVALUATE[:1])
 
 # %% ../nbs/12_parameters.ipynb #cell-20
 @dataclass(frozen=True)
@@ -500,7 +509,7 @@ def dataset_or_empty(name: str, value) -> str:
 
 # %% ../nbs/12_parameters.ipynb #import-2
 @dataclass(frozen=True)
-class RunImport:
+class RunImport(Parameters):
     "Parameters of `run_import`."
 
     own = {
@@ -519,13 +528,10 @@ class RunImport:
     channels: int
     mean: str
     std: str
-    dataset: str
     output: str
-    record: str
-    __post_init__, record_path, recorded = Run.__post_init__, Run.record_path, Run.recorded
 
     def check(self) -> None:
-        "Refuse values that do not go together."
+        super().check()
         if self.mean != "" or self.std != "":
             values = self.mean.split(",")
             normalisation(self.mean, self.std, self.channels or (len(values) if len(values) > 1 else 3))
@@ -554,7 +560,7 @@ def teacher_file(name: str, value) -> str:
 
 # %% ../nbs/12_parameters.ipynb #import-5a
 @dataclass(frozen=True)
-class RunDatafree:
+class RunDatafree(Parameters):
     "Parameters of `run_datafree`."
 
     own = {
@@ -574,25 +580,21 @@ class RunDatafree:
     sources: list[str]
     photographs: str
     few: str
-    dataset: str
     output: str
     seed: int
     device: str
     precision: str
-    record: str
-    __post_init__, record_path, recorded = Run.__post_init__, Run.record_path, Run.recorded
 
     def check(self) -> None:
-        "Refuse values that do not go together."
+        super().check()
         if not self.output:
             invalid("output", "", "it must be a folder for the student")
-        writable("record", self.record_path("run"), folder=False)
 
 # %% ../nbs/12_parameters.ipynb #cell-30
 def parameters(
     scope: dict,  # `globals()` of the notebook
-    kind: type[Run],  # the notebook's parameter class
-) -> Run:
+    kind: type[Parameters],  # the notebook's parameter class
+) -> Parameters:
     "The parameters of a run notebook, checked; an unknown name is refused the first time."
     known, plain = [f.name for f in fields(kind)], (int, float, str, bool, list, dict, tuple, NoneType)
     for name, value in list(scope.items()) if "_parameters_checked" not in scope else ():

@@ -453,8 +453,8 @@ def agreement_in_words(record: dict) -> str:
     return (
         "There is no data of the task. Student and teacher agree on this share of "
         f"{n:,} {probe} (95 % interval): {students}. "
-        "No student has seen these images. The number ranks students. It is no accuracy: where the teacher "
-        "is wrong, agreement is wrong too, and images of the task may be easier or harder."
+        "No student has seen these images. The number compares students of one teacher. It is no accuracy: the "
+        "teacher is sure of inverted images, and on real ones a student may agree with it far less often."
     )
 
 
@@ -466,8 +466,7 @@ BATCH_STATISTICS = (
 
 def sets_in_words(record: dict, student: str) -> str:
     "What students of one record's transfer sets came to, as a few sentences of Markdown."
-    settings = record.get("settings", {})
-    note = f" {BATCH_STATISTICS}" if isinstance(settings, dict) and settings.get("batch_statistics") else ""
+    note = f" {BATCH_STATISTICS}" if record.get("settings", {}).get("batch_statistics") else ""
     if record.get("agreement"):
         return agreement_in_words(record) + note
     n, found = record["test_images"], []

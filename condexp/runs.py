@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_DATA', 'open_run', 'check_networks', 'read_teacher', 'as_teacher_takes', 'no_data', 'with_probe', 'truncate',
-           'open_teacher', 'validation_splits', 'scored', 'given_set', 'read_condensed', 'condensed_set', 'resolve_ipc',
-           'describe_teacher', 'method_sources', 'transfer_source', 'real_source', 'saved_set', 'part_of',
-           'related_words', 'open_transfer', 'make_transfer_set', 'set_name', 'overlap_lines', 'set_distillation',
-           'check_targets', 'distillation', 'teacher_schedule', 'evaluation_schedule', 'save_outputs']
+           'open_teacher', 'validation_splits', 'score_entries', 'given_set', 'read_condensed', 'condensed_set',
+           'resolve_ipc', 'describe_teacher', 'method_sources', 'transfer_source', 'real_source', 'saved_set',
+           'part_of', 'related_words', 'open_transfer', 'make_transfer_set', 'set_name', 'overlap_lines',
+           'set_distillation', 'check_targets', 'distillation', 'teacher_schedule', 'evaluation_schedule',
+           'save_outputs']
 
 # %% ../nbs/13_runs.ipynb #cell-02
 import json
@@ -178,7 +179,7 @@ def validation_splits(run: RunDistil | RunCondense | RunSurrogate, splits: Split
     return Splits(rest, held, f"{splits.note} {note}".strip())
 
 # %% ../nbs/13_runs.ipynb #cell-48b
-def scored(results: dict[str, MethodResult], test: ImageSet) -> dict:
+def score_entries(results: dict[str, MethodResult], test: ImageSet) -> dict:
     "The scores of some students, as a record has them: `accuracy` or `agreement`, `test_images`, `probe`."
     values, measure = {name: r.accuracy for name, r in results.items()}, measure_of(test)
     found = {"accuracy": {}} | {measure: values, "test_images": len(test)}

@@ -8,11 +8,11 @@ __all__ = ['STATE_DICT', 'NESTED', 'PREFIXES', 'LEFT_OVER', 'FAMILIES', 'MOST', 
            'network_of', 'default_size', 'skeleton', 'Fit', 'compare', 'candidates', 'image_size', 'likeliest',
            'substitute', 'our_names', 'from_transformers', 'read_folder', 'read_safetensors', 'read_content',
            'file_classes', 'ordered_names', 'convention', 'normalisation', 'class_list', 'named_architectures',
-           'renamed', 'choose_architecture', 'refuse_architecture', 'Imported', 'read_weights', 'from_weights', 'fill',
-           'from_program', 'program_notes', 'existing', 'program_file', 'own_file', 'import_teacher', 'neutral_images',
-           'batch_norms', 'first_input', 'statistics_distance', 'normalised_by', 'normalisation_distances', 'doubted',
-           'logits_of', 'on_noise', 'best_order', 'on_labels', 'multiply_adds', 'TeacherCard', 'teacher_card',
-           'card_markdown', 'card_figure']
+           'renamed', 'choose_architecture', 'refuse_architecture', 'Imported', 'read_weights', 'Stated',
+           'from_weights', 'fill', 'needed_size', 'from_program', 'program_notes', 'existing', 'program_file',
+           'own_file', 'import_teacher', 'neutral_images', 'batch_norms', 'first_input', 'statistics_distance',
+           'normalised_by', 'normalisation_distances', 'doubted', 'logits_of', 'on_noise', 'best_order', 'on_labels',
+           'multiply_adds', 'TeacherCard', 'teacher_card', 'card_markdown', 'card_figure']
 
 # %% ../nbs/14_teachers.ipynb #cell-02
 import difflib
@@ -718,24 +718,27 @@ def _parsed(value: str) -> Any:
         return value
 
 # %% ../nbs/14_teachers.ipynb #cell-40
-def from_weights(
-    weights: Weights,
-    architecture: str,
-    classes: tuple[str, ...],
-    size: int,
-    channels: int,
-    mean: Any,
-    std: Any,
-) -> Imported:
+@dataclass(frozen=True)
+class Stated:
+    "What the user says of a teacher; empty or 0 where the file is to say it."
+
+    architecture: str  # of timm or torchvision
+    classes: tuple[str, ...]
+    size: int  # pixels
+    channels: int
+    mean: Any
+    std: Any
+
+
+def from_weights(weights: Weights, stated: Stated) -> Imported:
     "A classifier of the architecture that the weights fit."
-    size = size or weights.spec.get("size", 0)
-    fit, weights, notes = choose_architecture(
-        weights, architecture or weights.spec.get("architecture", ""), size
-    )
-    if channels and channels != fit.channels:
-        invalid("channels", channels, f"the first convolution takes {fit.channels}")
-    names, said = _classes(classes, weights.classes, fit.classes)
-    mean, std, how = _normalisation(mean, std, weights.spec, fit.channels)
+    size = stated.size or weights.spec.get("size", 0)
+    architecture = stated.architecture or weights.spec.get("architecture", "")
+    fit, weights, notes = choose_architecture(weights, architecture, size)
+    if stated.channels and stated.channels != fit.channels:
+        invalid("channels", stated.channels, f"the first convolution takes {fit.channels}")
+    names, said = _classes(stated.classes, weights.classes, fit.classes)
+    mean, std, how = _normalisation(stated.mean, stated.std, weights.spec, fit.channels)
     guessed = (
         []
         if size or image_size(weights.tensors)
@@ -756,26 +759,28 @@ def fill(network: nn.Module, state: dict[str, Tensor]) -> list[str]:
     return [f"not used: {', '.join(unused[:3])}"] * bool(unused)
 
 # %% ../nbs/14_teachers.ipynb #cell-42
+def needed_size(stated: Stated) -> int:
+    "The side of a program's images, in pixels, which only the user can say."
+    if not stated.size:
+        what = "a program does not say how large its images are: give their side in pixels"
+        invalid("size", stated.size, what)
+    return stated.size
+
+
 def from_program(
     network: bytes | nn.Module | Callable,  # the content of a .pt2 file, or images to logits
-    classes: tuple[str, ...],
-    size: int,  # pixels
-    channels: int,
-    mean: Any,
-    std: Any,
-    name: str = "",  # what a refusal calls it
+    stated: Stated,
+    name: str,  # what a refusal calls it
 ) -> Imported:
     "A classifier of a whole program."
-    channels = channels or 3
-    if not size:
-        invalid("size", size, "a program does not say how large its images are: give their side in pixels")
-    mean, std, how = _normalisation(mean, std, {}, channels)
+    channels, size = stated.channels or 3, needed_size(stated)
+    mean, std, how = _normalisation(stated.mean, stated.std, {}, channels)
     try:
         if not isinstance(network, bytes):
             check_program(network.eval() if isinstance(network, nn.Module) else network, channels, size)
             network = write_program(network, channels, size)
         _, outputs = open_program(network, channels, size)
-        names, said = _classes(classes, (), outputs)
+        names, said = _classes(stated.classes, (), outputs)
         model = from_spec(ModelSpec(PROGRAM, names, channels, size, mean, std))
         model.backbone.load_state_dict({"program": torch.frombuffer(bytearray(network), dtype=torch.uint8)})
     except ProgramError as error:
@@ -803,43 +808,29 @@ def existing(path: str | Path) -> Path:
     return Path(path)
 
 
-def program_file(path: Path, kind: str, size: int, channels: int) -> bytes | nn.Module:
+def program_file(path: Path, kind: str, stated: Stated) -> bytes | nn.Module:
     "What a program's file holds, as `from_program` takes it."
+    content = path.read_bytes()
     if kind == "program":
-        return path.read_bytes()
-    if not size:
-        invalid("size", size, "a program does not say how large its images are: give their side in pixels")
+        return content
+    size = needed_size(stated)
     try:
-        return (
-            from_onnx(path.read_bytes())
-            if kind == "onnx"
-            else from_torchscript(path.read_bytes(), channels, size)
-        )
+        return from_onnx(content) if kind == "onnx" else from_torchscript(content, stated.channels or 3, size)
     except ProgramError as error:
         invalid("weights", path.name, str(error))
 
 
-def own_file(
-    path: Path,
-    architecture: str,
-    classes: tuple[str, ...],
-    size: int,
-    channels: int,
-    mean: Any,
-    std: Any,
-) -> Imported:
+def own_file(path: Path, stated: Stated) -> Imported:
     "A teacher file of this library, with other names or another normalisation if they are given."
     model, _ = load_classifier(path)
     spec = model.spec
-    for what, asked, own in (
-        ("architecture", architecture, spec.name),
-        ("size", size, spec.size),
-        ("channels", channels, spec.channels),
-    ):
-        if asked and asked != own:
+    for what, own in dict(architecture=spec.name, size=spec.size, channels=spec.channels).items():
+        if (asked := getattr(stated, what)) and asked != own:
             invalid(what, asked, f"the teacher file says {own}")
-    names = _classes(classes, spec.classes, len(spec.classes))[0]
-    how = normalisation(mean, std, spec.channels) if mean != "" or std != "" else (spec.mean, spec.std, [])
+    names = _classes(stated.classes, spec.classes, len(spec.classes))[0]
+    how = spec.mean, spec.std, []
+    if stated.mean != "" or stated.std != "":
+        how = normalisation(stated.mean, stated.std, spec.channels)
     spec = replace(spec, classes=names, mean=how[0], std=how[1])
     return Imported(freeze(Classifier(spec, model.backbone)), ("a teacher file of this library", *how[2]))
 
@@ -854,21 +845,21 @@ def import_teacher(
     std: Any = "",
 ) -> Imported:
     "Bring a teacher: whatever the file is, a frozen `Classifier` with notes; a refusal is one sentence."
-    asked = class_list(classes), size, channels, mean, std
+    stated = Stated(architecture, class_list(classes), size, channels, mean, std)
     kind = "callable" if callable(weights) else file_kind(existing(weights))
     if architecture and kind in ("callable", *PROGRAMS):
         invalid("architecture", architecture, "a whole program has none by name: leave it empty")
     if kind == "callable":
-        return from_program(weights, *asked, name=getattr(weights, "__name__", type(weights).__name__))
+        return from_program(weights, stated, getattr(weights, "__name__", type(weights).__name__))
     path = Path(weights)
     if kind in PROGRAMS:
-        return from_program(program_file(path, kind, size, channels or 3), *asked, name=path.name)
+        return from_program(program_file(path, kind, stated), stated, path.name)
     if kind == "":
         known = "weights of torch, safetensors, TorchScript, torch.export, ONNX, a hub folder"
         invalid("weights", path.name, f"it is no network ({known})")
     if kind == "safetensors" and "condexp" in read_safetensors(path)[1]:
-        return own_file(path, architecture, *asked)
-    return from_weights(read_weights(path), architecture, *asked)
+        return own_file(path, stated)
+    return from_weights(read_weights(path), stated)
 
 # %% ../nbs/14_teachers.ipynb #cell-48
 @functools.lru_cache(maxsize=8)

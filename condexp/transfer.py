@@ -7,7 +7,7 @@ __all__ = ['SAMPLINGS', 'MAX_EMPTY', 'EXAMINED', 'ASKED', 'RELATED', 'PARTS', 'P
            'TransferSettings', 'quotas', 'FilterState', 'NonemptyBatches', 'take', 'predicted_classes', 'imageset_like',
            'filtered', 'check_content', 'check_images', 'class_words', 'overlap', 'by_overlap', 'settings_of',
            'check_settings', 'source_settings', 'read_settings', 'open_source', 'transfer_set', 'warn_of_gaps',
-           'is_synthetic', 'probe_method', 'probe_set']
+           'is_synthetic', 'inversions_of', 'probe_method', 'probe_set']
 
 # %% ../nbs/08_transfer.ipynb #tra-02
 import functools
@@ -377,12 +377,20 @@ def is_synthetic(source: str | ImageSet) -> bool:
 
 # %% ../nbs/08_transfer.ipynb #tra-49b
 PROBE_SEED = 1_000_003  # that nobody's transfer set has
-PROBES = {"cmi": dict(inversion_steps=60), "fast": {}}  # inversion methods that make probes, and how
+PROBES = {"cmi": dict(inversion_steps=60), "fast": {}, "nayer": {}}  # inversion methods of probes, and how
+
+
+def inversions_of(images: ImageSet) -> list[str]:
+    "The inversion methods that made images of a set, by its provenance and that of its parts."
+    made = [images.provenance, *images.provenance.get("parts", [])]
+    return [about["inversion"] for about in made if about.get("inversion")]
 
 
 def probe_method(used: Collection[str] = ()) -> str:
-    "The inversion method of a probe: the first of `PROBES` that is not among those `used` for training images."
-    return next((name for name in PROBES if name not in used), [*PROBES][-1])
+    "The inversion method of a probe: the first of `PROBES` that made no image to learn from; one must be left."
+    if left := [name for name in PROBES if name not in used]:
+        return left[0]
+    invalid("sources", ", ".join(used), f"one of {', '.join(PROBES)} must be left to make the probe")
 
 
 def probe_set(

@@ -7,7 +7,7 @@ import torch
 
 from condexp.data import random_per_class
 from condexp.models import fingerprint
-from condexp.scores import PROXY, agreement, draw_answers, predict_measures, proxy_student, rank_sources, score
+from condexp.scores import PROXY, probe_agreement, draw_answers, predict_measures, proxy_student, rank_sources, score
 from condexp.scores import teacher_stddev
 from condexp.transfer import transfer_set
 
@@ -42,7 +42,7 @@ def test_real_images_come_before_noise(rows):
 def test_the_probe_and_the_teacher_stay_as_they_were(trained, digits, fabric):
     teacher, probe = trained[0], digits.test
     before = fingerprint(teacher), probe.fingerprint
-    assert agreement(teacher, teacher, replace(probe, labels=1 - probe.labels.clamp(max=1)), fabric)[0] == 100
+    assert probe_agreement(teacher, teacher, replace(probe, labels=1 - probe.labels.clamp(max=1)), fabric)[0] == 100
     assert (fingerprint(teacher), probe.fingerprint) == before
 
 
