@@ -27,7 +27,7 @@ from .kd import Distillation, MethodResult, StudentTraining, SyntheticSet, disti
 from .models import Classifier, check_model, fingerprint, freeze, make_classifier
 from .parameters import RunDatafree
 from .runs import as_teacher_takes, given_set, read_teacher
-from .scores import predict_measures, rank_sources, score
+from .scores import predict_measures, proxy_agreement, rank_sources, score
 from .shaders import gl_context
 from .sources import SOURCES
 from .training import make_fabric, on_device, precision_of
@@ -140,12 +140,22 @@ def judge(
     return {name: rows[name] for name in rank_sources(rows)}
 
 
-def judged(images: ImageSet, teacher: Classifier, probe: ImageSet, fabric: Fabric, seed: int) -> dict:
-    "The measures of a small set, and its score; from the cache if it was judged before."
+def judged(
+    images: ImageSet,
+    teacher: Classifier,
+    probe: ImageSet,
+    fabric: Fabric,
+    seed: int,
+    proxies: dict[str, Distillation] | None = None,  # other proxy students: name -> how they are taught
+) -> dict:
+    "The measures of a set, and its score; from the cache if it was judged before."
     key = dict(images=images.fingerprint, teacher=fingerprint(teacher), probe=probe.fingerprint, seed=seed)
+    key, given = key | dict(proxies=proxies or {}), (images, teacher, probe, fabric, seed)
 
     def compute(checkpoint: Checkpoint) -> dict:
-        row = predict_measures(images, teacher, probe, fabric, seed)
+        row = predict_measures(*given)
+        others = {name: proxy_agreement(*given, how)[0] for name, how in (proxies or {}).items()}
+        row |= {f"proxy agreement, {name}": percent for name, percent in others.items()}
         return row | {"score": score(row)}
 
     load = lambda path: load_tensors(path)[1]

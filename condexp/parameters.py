@@ -9,7 +9,7 @@ __all__ = ['Check', 'EVALUATE', 'PATHS', 'CHECKS', 'text', 'at_least', 'positive
            'RunCondense', 'known_inversion', 'RunDistil', 'known_alignment', 'RunArms', 'RunKD', 'arms_without_data',
            'RunAlignment', 'RunQuality', 'RunSurrogate', 'RunBoundary', 'RunFeatures', 'existing_path', 'architecture',
            'class_names', 'channel_values', 'dataset_or_empty', 'RunImport', 'named_sources', 'minutes', 'few_images',
-           'teacher_file', 'RunDatafree', 'parameters']
+           'teacher_file', 'RunDatafree', 'RunPredict', 'parameters']
 
 # %% ../nbs/12_parameters.ipynb #cell-02
 import json
@@ -589,6 +589,17 @@ class RunDatafree(Parameters):
         super().check()
         if not self.output:
             invalid("output", "", "it must be a folder for the student")
+
+# %% ../nbs/12_parameters.ipynb #import-5b
+@dataclass(frozen=True)
+class RunPredict(RunTraining):
+    "Parameters of `run_predict`."
+
+    own = {"photographs": dataset_or_empty, "images": at_least(20)}
+    teacher: str
+    student: str
+    photographs: str
+    images: int
 
 # %% ../nbs/12_parameters.ipynb #cell-30
 def parameters(
