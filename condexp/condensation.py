@@ -28,9 +28,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning_fabric import Fabric
-from sklearn.linear_model import RidgeClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -798,6 +795,10 @@ def label_agreement(condensed: ImageSet, train: ImageSet, most: int = 2000) -> t
     with torch.no_grad():
         x, given = (embed(network, images.batch(), fabric).numpy() for images in (real, condensed.to("cpu")))
     y, labels, n = real.hard_labels.numpy(), condensed.hard_labels.cpu().numpy(), 3 * len(real) // 4
+    from sklearn.linear_model import RidgeClassifier  # slow to import, and needed by few
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     classifier = make_pipeline(StandardScaler(), RidgeClassifier(alpha=100.0)).fit(x[:n], y[:n])
     return 100 * classifier.score(given, labels), 100 * classifier.score(x[n:], y[n:])
 

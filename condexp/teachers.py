@@ -34,7 +34,6 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from safetensors import safe_open
 from scipy.optimize import linear_sum_assignment
-from sklearn.datasets import load_sample_images
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -865,6 +864,8 @@ def import_teacher(
 @functools.lru_cache(maxsize=8)
 def neutral_images(channels: int, size: int, n: int = 96) -> dict[str, Float[Tensor, "n c h w"]]:
     "Images of nothing in particular, in [0, 1]: crops of two photographs, the same darkened, uniform noise."
+    from sklearn.datasets import load_sample_images  # slow to import, and needed by few
+
     photos = [torch.tensor(np.array(p)).permute(2, 0, 1).float() / 255 for p in load_sample_images().images]
     generator, crops = torch.Generator().manual_seed(0), []
     draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
