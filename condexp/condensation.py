@@ -39,7 +39,7 @@ from .cache import save_tensors
 from .data import ImageSet, Splits, random_per_class
 from .models import Classifier, file_kind, fingerprint, freeze, kaiming, load_torch, make_classifier
 from .training import Schedule, check_finite, make_fabric, on_device, precision_of, predict
-from .training import resume, seeded, snapshot, train_classifier
+from .training import resume, scaled_backward, seeded, snapshot, train_classifier
 
 # %% ../nbs/04_condensation.ipynb #cell-05
 @dataclass(frozen=True)
@@ -341,7 +341,7 @@ class DistributionMatching:
         with torch.no_grad():
             target = means(self.task.train.batch(real))
         loss = dm_loss(target, means(self.learned(own.flatten())))
-        loss.backward(inputs=[self.learned.z])
+        scaled_backward(loss, [self.learned.z], self.task.fabric)
         return loss.detach()
 
 # %% ../nbs/04_condensation.ipynb #cell-43

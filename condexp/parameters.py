@@ -27,7 +27,7 @@ from .condensation import CONDENSERS, NORMALISATIONS
 from .data import known_dataset
 from .discriminator import ALIGNMENTS
 from .inversion import inversion_recipe
-from .kd import COMPARED, DIRECTIONS, LABELS, METHODS
+from .kd import BATCHES, COMPARED, DIRECTIONS, LABELS, METHODS
 from .models import check_model
 from .shaders import BACKENDS
 from .sources import SOURCES
@@ -197,14 +197,14 @@ CHECKS: dict[str, Check] = {
     "evaluate": evaluate,
     "labels": choice(LABELS),
     "direction": choice(DIRECTIONS),
+    "batches": choice(BATCHES),
     "normalisation": choice(NORMALISATIONS),
     "augmentation": choice(AUGMENTATIONS),
     "sampling": sampling,
     "part": choice(PARTS),
     "backend": choice(BACKENDS),
-    **dict.fromkeys(("mixup", "batch_statistics"), boolean),
-    "budget": positive,
-    "temperature": positive,
+    **dict.fromkeys(("mixup", "batch_statistics", "keep_warmup"), boolean),
+    **dict.fromkeys(("budget", "temperature", "condensed_weight"), positive),
     "term_weights": weights,
     "alignment_weight": weight,
     "model": model,
@@ -329,10 +329,16 @@ class RunDistil(RunTraining):
     inversion: str
     term_weights: dict[str, float]
     inversion_steps: int
+    keep_warmup: bool
     alignment_weight: float | None
     layer: str
     temperature: float
     direction: str
+    batches: str
+    condensed_weight: float
+    labels: str
+    augmentation: str
+    mixup: bool
     evaluate: str
 
     def check(self) -> None:

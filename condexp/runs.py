@@ -24,7 +24,7 @@ from .cache import invalid
 from .condensation import CONDENSERS, EVALUATION, check_condenser, condense, load_condensed
 from .data import ImageSet, Splits, load_images, load_splits, random_per_class, validation_split
 from .discriminator import resolve_alignment
-from .inversion import INVERSIONS
+from .inversion import INVERSIONS, PUBLISHED
 from .kd import METHODS, Distillation, MethodResult, check_batchnorm, measure_of, teacher_set
 from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, load_classifier
 from .models import make_classifier
@@ -375,22 +375,29 @@ def check_targets(run: RunBoundary, train: ImageSet) -> None:
 def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Distillation:
     "The settings of a run's methods: equal for all of them."
     small = len(train) <= 5000
-    own = INVERSIONS[run.inversion].steps
+    recipe = INVERSIONS[run.inversion]
+    most = 30 if small and recipe not in PUBLISHED else recipe.steps
     return Distillation(
         epochs=run.epochs or (16 if small else 20),
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
         temperature=run.temperature,
         direction=run.direction,
+        batches=run.batches,
+        condensed_weight=run.condensed_weight,
+        labels=run.labels,
+        augmentation=run.augmentation,
+        mixup=run.mixup,
         inversion=run.inversion,
         term_weights=run.term_weights,
-        inversion_steps=run.inversion_steps or (min(own, 30) if small else 0),
+        inversion_steps=run.inversion_steps or (min(recipe.steps, most) if small else 0),
         alignment=resolve_alignment(alignment, run.ipc),
         alignment_weight=run.alignment_weight,
         layer=run.layer,
         batches_per_epoch=1 if small else 2,
         synthesis_batch=64 if small else 100,
         warmup=6 if small else min(20, run.epochs or 20),
+        keep_warmup=run.keep_warmup,
     )
 
 # %% ../nbs/13_runs.ipynb #cell-67

@@ -3,12 +3,13 @@
 import copy
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from condexp.data import ImageSet
-from condexp.inversion import INVERSIONS, Inverter, SynthesisBatch, Term
+from condexp.inversion import INVERSIONS, Inverter, MetaGenerator, PerBatchGenerator, SynthesisBatch, Term
 from condexp.inversion import adversarial, inversion_recipe, js_adversarial, negative_kl
 from condexp.models import fingerprint, freeze, make_classifier
 from condexp.training import make_fabric, seeded
@@ -48,10 +49,10 @@ def small():
     return freeze(teacher), untrained(1, 8, seed=1)
 
 
-def images_of(recipe, teacher, student, fabric, n=6, batches=1, after_warmup=True, seed=0):
+def images_of(recipe, teacher, student, fabric, n=6, batches=1, after_warmup=True, seed=0, alignment=None):
     targets = torch.arange(n) % len(teacher.spec.classes)
     with seeded(seed):
-        inverter = Inverter(recipe, teacher, student, fabric, batch_size=n)
+        inverter = Inverter(recipe, teacher, student, fabric, alignment, batch_size=n)
         return torch.cat([inverter.synthesize(targets, after_warmup) for _ in range(batches)]), inverter
 
 
@@ -139,6 +140,45 @@ def test_a_saved_state_goes_on_with_the_same_images(recipe, small, fabric, tmp_p
     assert one.losses == two.losses
 
 
+class Float16:
+    "What is read of a Fabric that computes in float16, which Lightning leaves to GPUs."
+
+    device, _precision = torch.device("cpu"), SimpleNamespace(precision="16-mixed")
+
+    def autocast(self):
+        return torch.autocast("cpu", torch.float16)
+
+
+class Faint:
+    "An alignment with a small loss, so that gradients are too small for float16."
+
+    def loss(self, features, targets):
+        return 1e-4 * features.square().mean()
+
+    def update(self, features, targets):
+        pass
+
+
+@pytest.mark.parametrize("name", ["deepinversion", "fast_published", "cmi", "pre_dfkd"])
+def test_fp16_keeps_gradients_that_are_too_small_for_it(name, small, fabric, monkeypatch):
+    "Of pixels, generators, inputs, CMI's head, a VAE and its latents: they are those of single precision."
+    contrastive = [replace(t, weight=1e-4) for t in INVERSIONS[name].terms if t.name == "contrastive"]
+    terms = contrastive or [Term("nothing", 1.0, lambda batch: 0 * batch.logits.mean())]
+    recipe, found = replace(INVERSIONS[name], terms=tuple(terms), steps=1), []
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: found.append(gradients_of(self)))
+    for precision in (fabric, Float16()):
+        images_of(recipe, *small, precision, alignment=Faint(), batches=1 + (name == "pre_dfkd"))
+    exact, half = found[: len(found) // 2], found[len(found) // 2 :]
+    assert exact[0].abs().max() < 1e-4 and len(exact) == {"fast_published": 2, "cmi": 2, "pre_dfkd": 42}.get(name, 1)
+    for a, b in zip(exact, half, strict=True):
+        assert torch.cosine_similarity(a, b, dim=0) > 0.98 and 0.9 < b.norm() / a.norm() < 1.1
+
+
+def gradients_of(optimizer):
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
+
 def test_bf16_gives_nearly_the_images_of_single_precision(recipe, small, fabric):
     recipe = replace(recipe, steps=1)  # of several, the best one need not be the same
     (half, rough), (single, exact) = (images_of(recipe, *small, f) for f in (make_fabric("cpu", "bf16"), fabric))
@@ -221,6 +261,28 @@ def test_what_cannot_be_is_refused_in_a_sentence(asked, said):
     with pytest.raises(ValueError) as error:
         inversion_recipe(*asked)
     assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "name, steps, weights, synthesizer, settings, of_terms",
+    [
+        (
+            "fast_published", 5, {"bn": 10, "one_hot": 0.4, "adversarial": 1.1}, MetaGenerator,
+            {"rule": "fomaml", "lr": 3e-3, "lr_z": 1e-2, "reset_after": 139, "reset_batchnorm": True},
+            {"bn": {"momentum": 0.9}},
+        ),
+        (
+            "cmi_published", 200, {"bn": 1, "one_hot": 1, "adversarial": 0.5, "contrastive": 0.8}, PerBatchGenerator,
+            {"lr": 1e-3, "lr_z": 1e-3, "dcgan": True}, {"contrastive": {"temperature": 0.1, "dim": 256}},
+        ),
+    ],
+)  # fmt: skip
+def test_published_recipes_have_the_published_numbers(name, steps, weights, synthesizer, settings, of_terms):
+    recipe = inversion_recipe(name)
+    assert recipe.steps == steps and {term.name: term.weight for term in recipe.terms} == weights
+    assert recipe.synthesizer.func is synthesizer and recipe.synthesizer.keywords == settings
+    found = {t.name: t.loss.keywords for t in recipe.terms if isinstance(t.loss, partial)}
+    assert found == of_terms and all(t.after_warmup == (t.name == "adversarial") for t in recipe.terms)
 
 
 def test_recipes_hold_no_state():
