@@ -8,11 +8,12 @@ from conftest import Killed
 
 from condexp.augment import Augment
 from condexp.cache import Checkpoint
+from condexp.data import load_splits
 from condexp.inversion import INVERSIONS, PUBLISHED
 from condexp.kd import METHODS, Distillation, Distiller, StudentTraining, Synthesis, SyntheticSet
 from condexp.kd import distil, kd_loss, run_method, student_step
-from condexp.models import fingerprint, make_classifier
-from condexp.training import make_fabric
+from condexp.models import fingerprint, freeze, make_classifier
+from condexp.training import Schedule, make_fabric, train_classifier
 
 TINY = Distillation(epochs=2, steps=2, batch_size=16, synthesis_batch=20, warmup=1, inversion_steps=2)
 
@@ -211,21 +212,30 @@ def budget():
 
 
 @pytest.fixture(scope="module")
-def taught_by_noise(trained, digits, budget, fabric):
-    images = torch.rand(400, *digits.train.images.shape[1:], generator=torch.Generator().manual_seed(0))
-    noise = replace(digits.train, images=images, labels=torch.zeros(400, dtype=torch.long))
-    return distil("transfer set", trained[0], "wrn_10_1", {"transfer set": noise}, digits, budget, 0, fabric).accuracy
+def small(fabric):
+    "Digits at 8 px, and a teacher of them that is quick to invert."
+    splits = load_splits("digits", 8)
+    teacher, meta = train_classifier("wrn_10_1", splits, Schedule(epochs=6, steps=30, batch_size=64), 0, fabric)
+    assert meta["accuracy"] > 85
+    return freeze(teacher), splits
+
+
+@pytest.fixture(scope="module")
+def taught_by_noise(small, budget, fabric):
+    teacher, splits = small
+    images = torch.rand(400, *splits.train.images.shape[1:], generator=torch.Generator().manual_seed(0))
+    noise = replace(splits.train, images=images, labels=torch.zeros(400, dtype=torch.long))
+    return distil("transfer set", teacher, "wrn_10_1", {"transfer set": noise}, splits, budget, 0, fabric).accuracy
 
 
 SHORT = [name for name, recipe in INVERSIONS.items() if recipe not in PUBLISHED]  # made for a budget like this
 
 
 @pytest.mark.parametrize("inversion", SHORT)
-def test_a_pool_shows_its_classes_and_teaches_far_better_than_noise(
-    inversion, taught_by_noise, teacher, digits, budget, fabric
-):
+def test_a_pool_shows_its_classes_and_teaches_far_better_than_noise(inversion, taught_by_noise, small, budget, fabric):
+    teacher, splits = small
     settings = replace(budget, inversion=inversion, inversion_steps=min(40, INVERSIONS[inversion].steps))
-    result = distil("inversion", teacher, "wrn_10_1", {}, digits, settings, 0, fabric)
+    result = distil("inversion", teacher, "wrn_10_1", {}, splits, settings, 0, fabric)
     assert result.accuracy > taught_by_noise + 20
     assert result.distances["intended_accuracy"] >= 80
 
@@ -259,11 +269,11 @@ def test_what_is_learned_from_a_set_can_be_changed(change, sources, teacher, dig
     assert fingerprint(usual.student) != fingerprint(other.student)
 
 
-def test_real_images_teach_better_than_noise_with_bare_choices_too(
-    sources, taught_by_noise, teacher, digits, budget, fabric
-):
+def test_real_images_teach_better_than_noise_with_bare_choices_too(taught_by_noise, small, budget, fabric):
+    teacher, splits = small
     settings = replace(budget, labels="hard", mixup=True)
-    assert distil("full", teacher, "wrn_10_1", sources, digits, settings, 0, fabric).accuracy > taught_by_noise + 30
+    result = distil("full", teacher, "wrn_10_1", {"full": splits.train}, splits, settings, 0, fabric)
+    assert result.accuracy > taught_by_noise + 30
 
 
 # Unusual inputs
