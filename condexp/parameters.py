@@ -22,10 +22,11 @@ from types import NoneType
 from typing import Any, ClassVar
 
 from .augment import AUGMENTATIONS
+from .boundary import ATTACKS
 from .cache import check_choice, check_int, config_hash, invalid
 from .condensation import CONDENSERS, NORMALISATIONS
 from .data import known_dataset
-from .discriminator import ALIGNMENTS
+from .discriminator import ALIGNMENTS, alignment_settings
 from .inversion import inversion_recipe
 from .kd import COMPARED, DIRECTIONS, LABELS, METHODS
 from .models import check_model
@@ -199,6 +200,7 @@ CHECKS: dict[str, Check] = {
     "direction": choice(DIRECTIONS),
     "normalisation": choice(NORMALISATIONS),
     "augmentation": choice(AUGMENTATIONS),
+    "attack": choice(ATTACKS),
     "sampling": sampling,
     "part": choice(PARTS),
     "backend": choice(BACKENDS),
@@ -206,7 +208,7 @@ CHECKS: dict[str, Check] = {
     "budget": positive,
     "temperature": positive,
     "term_weights": weights,
-    "alignment_weight": weight,
+    **dict.fromkeys(("alignment_weight", "alignment_ratio"), weight),
     "model": model,
     "student": model,
     "teacher": model_or_file,
@@ -330,6 +332,7 @@ class RunDistil(RunTraining):
     term_weights: dict[str, float]
     inversion_steps: int
     alignment_weight: float | None
+    alignment_ratio: float | None
     layer: str
     temperature: float
     direction: str
@@ -338,6 +341,7 @@ class RunDistil(RunTraining):
     def check(self) -> None:
         super().check()
         known_inversion(self)
+        alignment_settings("conditional", self.alignment_weight, self.alignment_ratio)
 
 # %% ../nbs/12_parameters.ipynb #cell-23
 def known_alignment(name: str, value: str) -> None:
@@ -452,6 +456,7 @@ class RunSurrogate(RunQuality, RunTraining):
 class RunBoundary(RunSurrogate):
     "Parameters of `run_boundary`."
 
+    attack: str
     targets: int
     attack_steps: int
     beyond: int
