@@ -11,8 +11,8 @@ __all__ = ['META_RULES', 'Pairs', 'FAST', 'CMI', 'FAST_PUBLISHED', 'CMI_PUBLISHE
            'residual_stages', 'instance_dim', 'Contrastive', 'Synthesizer', 'PixelSynthesizer', 'draw_weights',
            'PerBatchGenerator', 'restart_first_layer', 'add_gradients', 'move_towards', 'MetaGenerator',
            'PersistentGenerator', 'NoisyLayerGenerator', 'ReplayVAE', 'tuned_replay', 'ReplayGenerator', 'check_terms',
-           'Recipe', 'with_weights', 'inversion_recipe', 'frozen', 'TeacherPass', 'WeightedTerms', 'check_finite_terms',
-           'SynthesisLoop', 'Inverter']
+           'Recipe', 'with_weights', 'inversion_recipe', 'frozen', 'TeacherPass', 'add_gradient', 'WeightedTerms',
+           'check_finite_terms', 'SynthesisLoop', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
@@ -946,6 +946,17 @@ class TeacherPass:
             return statistics and statistics.means
         return torch.cat([seen[0][1].mean((2, 3), dtype=torch.float32) for seen in outputs], dim=1)
 
+# %% ../nbs/05_inversion.ipynb #ratio-1
+def add_gradient(
+    loss: Float[Tensor, ""],
+    images: Float[Tensor, "n c h w"],  # that it was computed from
+    ratio: float | Float[Tensor, ""],
+) -> None:
+    "When a gradient comes back to `images`, that of `loss` is added to it, `ratio` times as long."
+    (slope,) = torch.autograd.grad(loss, images, retain_graph=True)
+    slope = slope / slope.norm().clamp_min(1e-20)
+    images.register_hook(lambda gradient: gradient + ratio * gradient.norm() * slope)
+
 # %% ../nbs/05_inversion.ipynb #cell-93e
 class WeightedTerms:
     "The terms of a recipe that apply to a teacher, and feature alignment if there is one."
@@ -965,14 +976,17 @@ class WeightedTerms:
         return [p for loss in self.stateful.values() for p in loss.parameters()]
 
     def values(self, batch: SynthesisBatch, after_warmup: bool) -> dict[str, Float[Tensor, ""]]:
-        "Each term's value, and the weighted total."
+        "Each term's value, and the weighted total; an alignment with a ratio joins by its gradient alone."
         zero = batch.logits.new_zeros(())
         off = {t.name for t in self.terms if t.after_warmup and not after_warmup}
         values = {name: zero if name in off else loss(batch) for name, loss in self.losses.items()}
         total = sum(t.weight * values[t.name] for t in self.terms)
         if self.alignment is not None:
             values["alignment"] = self.alignment.loss(batch.aligned_features, batch.targets)
-            total = total + values["alignment"]
+            if (ratio := getattr(self.alignment, "ratio", None)) is None:
+                total = total + values["alignment"]
+            else:
+                add_gradient(values["alignment"], batch.images, ratio)
         return {**values, "total": total}
 
     def step(self, batch: SynthesisBatch) -> None:
@@ -1049,7 +1063,7 @@ class Inverter(SynthesisLoop):
         teacher: Classifier,  # on the fabric's device
         student: Classifier,  # read by adversarial terms, never changed
         fabric: Fabric,
-        alignment=None,  # Paper A's L_FA: an object with loss and update(features, targets)
+        alignment=None,  # Paper A's L_FA: an object with loss and update(features, targets), perhaps a ratio
         batch_size: int = 256,  # most images that are optimised together
         steps: int = 0,  # a batch; 0: the recipe's own
     ):

@@ -148,7 +148,7 @@ SYNTHESIS = (  # what methods read that make synthetic images
     "adversarial_after", "keep_warmup",
 )
 TWO_TERMS = ("batches", "condensed_weight")  # what they read besides if they have a transfer set too
-ALIGNMENT = ("alignment", "alignment_weight", "layer")  # what they read besides if these are aligned
+ALIGNMENT = ("alignment", "alignment_weight", "alignment_ratio", "layer")  # if these are aligned
 
 # %% ../nbs/07_kd.ipynb #cell-0fec1d
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ class Distillation:
     adversarial_after: int = 2  # epochs before the inversion's adversarial term reads the student
     alignment: str = "conditional"  # a name in ALIGNMENTS
     alignment_weight: float | None = None  # in the generator's loss; None: the alignment's own
+    alignment_ratio: float | None = None  # of its gradient at the images to the inversion's own; None: by weight
     layer: str = "penultimate"  # where features are aligned; else the name of a module of the teacher
     labels: str = "soft"  # the teacher's softened answers; "hard": its choice, by cross-entropy
     augmentation: str = "normal"  # a name in AUGMENTATIONS
@@ -189,7 +190,7 @@ class Distillation:
         check_choice("direction", self.direction, DIRECTIONS)
         check_choice("batches", self.batches, BATCHES)
         inversion_recipe(self.inversion, self.term_weights)
-        alignment_settings(self.alignment, self.alignment_weight)
+        alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
         check_choice("labels", self.labels, LABELS)
         check_choice("augmentation", self.augmentation, AUGMENTATIONS)
 
@@ -200,7 +201,8 @@ class Distillation:
         unread += () if both and self.batches == "two_terms" else TWO_TERMS
         read = {name: value for name, value in asdict(self).items() if name not in unread}
         if method.aligned:
-            read["alignment"] = asdict(alignment_settings(self.alignment, self.alignment_weight))
+            chosen = alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
+            read["alignment"] = asdict(chosen)
         return read
 
 # %% ../nbs/07_kd.ipynb #bs-02
@@ -403,7 +405,7 @@ def make_synthesis(
     "A synthesis, with feature alignment to `transfer` if there is one."
     if transfer is None:
         return Synthesis(settings, teacher, student, None, fabric, seed)
-    chosen = alignment_settings(settings.alignment, settings.alignment_weight)
+    chosen = alignment_settings(settings.alignment, settings.alignment_weight, settings.alignment_ratio)
     augment = AUGMENTATIONS[settings.augmentation](teacher_set(teacher, fabric))
     teacher = at_layer(teacher, settings.layer)
     alignment = make_alignment(chosen, teacher, transfer, augment, fabric, seed)

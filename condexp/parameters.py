@@ -22,10 +22,11 @@ from types import NoneType
 from typing import Any, ClassVar
 
 from .augment import AUGMENTATIONS
+from .boundary import ATTACKS
 from .cache import check_choice, check_int, config_hash, invalid
 from .condensation import CONDENSERS, NORMALISATIONS
 from .data import known_dataset
-from .discriminator import ALIGNMENTS
+from .discriminator import ALIGNMENTS, alignment_settings
 from .inversion import inversion_recipe
 from .kd import BATCHES, COMPARED, DIRECTIONS, LABELS, METHODS
 from .models import check_model
@@ -200,13 +201,14 @@ CHECKS: dict[str, Check] = {
     "batches": choice(BATCHES),
     "normalisation": choice(NORMALISATIONS),
     "augmentation": choice(AUGMENTATIONS),
+    "attack": choice(ATTACKS),
     "sampling": sampling,
     "part": choice(PARTS),
     "backend": choice(BACKENDS),
     **dict.fromkeys(("mixup", "batch_statistics", "keep_warmup"), boolean),
     **dict.fromkeys(("budget", "temperature", "condensed_weight"), positive),
     "term_weights": weights,
-    "alignment_weight": weight,
+    **dict.fromkeys(("alignment_weight", "alignment_ratio"), weight),
     "model": model,
     "student": model,
     "teacher": model_or_file,
@@ -331,6 +333,7 @@ class RunDistil(RunTraining):
     inversion_steps: int
     keep_warmup: bool
     alignment_weight: float | None
+    alignment_ratio: float | None
     layer: str
     temperature: float
     direction: str
@@ -344,6 +347,7 @@ class RunDistil(RunTraining):
     def check(self) -> None:
         super().check()
         known_inversion(self)
+        alignment_settings("conditional", self.alignment_weight, self.alignment_ratio)
 
 # %% ../nbs/12_parameters.ipynb #cell-23
 def known_alignment(name: str, value: str) -> None:
@@ -458,6 +462,7 @@ class RunSurrogate(RunQuality, RunTraining):
 class RunBoundary(RunSurrogate):
     "Parameters of `run_boundary`."
 
+    attack: str
     targets: int
     attack_steps: int
     beyond: int

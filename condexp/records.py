@@ -169,12 +169,14 @@ def _today(row: dict) -> dict:
 
 # %% ../nbs/11_records.ipynb #cell-13c
 def alignment_name(name: str, config: dict) -> str:
-    "What an alignment of a record is called: `conditional (0.3)`, where a weight was given."
+    "What an alignment of a record is called: `conditional (0.3)`, where a weight or a ratio was given."
     kind, _, weight = name.partition(":")  # once "conditional:0.3", and other settings for few images
     if weight and config["ipc"] < 5:
         kind = OLD_FEW.get(kind, f"{OLD_ALIGNMENTS.get(kind, kind)}_few")
     elif weight:
         kind = OLD_ALIGNMENTS.get(kind, kind)
+    if ratio := config.get("alignment_ratio"):
+        return told(kind, {"ratio": ratio})
     weight = weight or config.get("alignment_weight")
     return told(kind, {"": float(weight)}) if weight not in (None, "") else kind
 

@@ -7,8 +7,8 @@ __all__ = ['NO_DATA', 'open_run', 'check_networks', 'read_teacher', 'as_teacher_
            'open_teacher', 'validation_splits', 'score_entries', 'given_set', 'read_condensed', 'condensed_set',
            'resolve_ipc', 'describe_teacher', 'method_sources', 'transfer_source', 'real_source', 'saved_set',
            'part_of', 'related_words', 'open_transfer', 'make_transfer_set', 'set_name', 'overlap_lines',
-           'set_distillation', 'check_targets', 'distillation', 'teacher_schedule', 'evaluation_schedule',
-           'save_outputs']
+           'set_distillation', 'check_targets', 'make_attacked', 'make_control', 'distillation', 'teacher_schedule',
+           'evaluation_schedule', 'save_outputs']
 
 # %% ../nbs/13_runs.ipynb #cell-02
 import json
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 
+from .boundary import ATTACKS, attacked_set, blended
 from .cache import invalid
 from .condensation import CONDENSERS, EVALUATION, check_condenser, condense, load_condensed
 from .data import ImageSet, Splits, load_images, load_splits, random_per_class, validation_split
@@ -371,6 +372,23 @@ def check_targets(run: RunBoundary, train: ImageSet) -> None:
             f"dataset has {train.num_classes} classes: at most {train.num_classes - 1}",
         )
 
+# %% ../nbs/13_runs.ipynb #attack-1
+def make_attacked(run: RunBoundary, images: ImageSet, teacher: Classifier, fabric: Fabric) -> ImageSet:
+    "What a run's attack makes of its transfer set."
+    attack = ATTACKS[run.attack]
+    settings = replace(attack.settings, steps=run.attack_steps, beyond=run.beyond)
+    given = blended(images, run.seed) if attack.blends else images
+    return attacked_set(given, teacher, run.seed, fabric, run.targets or attack.targets, settings)
+
+
+def make_control(
+    run: RunBoundary, source: str | ImageSet, attacked: ImageSet, teacher: Classifier, fabric: Fabric
+) -> ImageSet:
+    "As many images of the source as an attack made, as far as there are, spread over the teacher's classes."
+    count = min(len(attacked), len(attacked) if isinstance(source, str) else len(source))
+    control = replace(run, images=count, sampling="uniform")
+    return make_transfer_set(control, source, teacher, fabric)
+
 # %% ../nbs/13_runs.ipynb #cell-66
 def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Distillation:
     "The settings of a run's methods: equal for all of them."
@@ -393,6 +411,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         inversion_steps=run.inversion_steps or (min(recipe.steps, most) if small else 0),
         alignment=resolve_alignment(alignment, run.ipc),
         alignment_weight=run.alignment_weight,
+        alignment_ratio=run.alignment_ratio,
         layer=run.layer,
         batches_per_epoch=1 if small else 2,
         synthesis_batch=64 if small else 100,

@@ -145,6 +145,11 @@ def test_weights_are_numbers_of_at_least_zero(name, value):
     refused("run_kd", name, value)
 
 
+@pytest.mark.parametrize("value, weight", [(0, None), (-1, None), ("large", None), (0.5, 0.3)])
+def test_a_ratio_is_positive_and_in_the_place_of_a_weight(value, weight):
+    refused("run_alignment", "alignment_ratio", value, alignment_weight=weight)
+
+
 def test_old_spellings_of_weights_say_how_it_is_written_now():
     assert "term_weights: {bn: 0}" in refused("run_kd", "inversion", "fast,bn:0")
     assert "one of bn, one_hot, adversarial" in refused("run_kd", "term_weights", {"gan": 1})
@@ -313,6 +318,10 @@ def test_unknown_names_of_a_transfer_set_are_refused_with_what_is_known(name):
 )
 def test_numbers_of_a_transfer_set_are_refused(name, value):
     refused("run_boundary", name, value, surrogate="noise")
+
+
+def test_an_attack_is_one_of_two():
+    assert "normalised, paper" in refused("run_boundary", "attack", "pgd")
 
 
 def test_a_teacher_without_batchnorm_has_no_statistics_of_batches():

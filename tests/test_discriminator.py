@@ -7,7 +7,7 @@ import torch
 
 from condexp.augment import identity, standard
 from condexp.discriminator import alignment_settings, class_frechet, feature_bank, make_alignment
-from condexp.inversion import Inverter, inversion_recipe
+from condexp.inversion import Inverter, WeightedTerms, inversion_recipe
 from condexp.models import make_classifier
 from condexp.training import predict, seeded
 
@@ -47,6 +47,29 @@ def test_it_lowers_the_distance_to_real_images_within_a_class(align, teacher, di
         return class_frechet(made.detach(), targets.repeat(4), real, labels)
 
     assert distance(align("conditional")) < 0.8 * distance(None)
+
+
+@pytest.mark.parametrize("name", ["conditional", "auxiliary", "two_k"])
+def test_it_prefers_features_of_the_class_that_was_asked_for(name, align, features, teacher, digits, fabric):
+    real, labels = predict(teacher, digits.test, fabric)[0][:200], digits.test.hard_labels[:200]
+    alignment = align(name)
+    for _ in range(20):
+        alignment.update(features, TARGETS)
+    assert alignment.loss(real, labels) < 0.9 * alignment.loss(real, (labels + 1) % 10)
+
+
+@pytest.mark.parametrize("method", ["fast", "dafl"])
+@pytest.mark.parametrize("name, gate", [("conditional", 1.0), ("conditional_few", 0.1)])
+def test_a_ratio_sets_the_length_of_the_gradient_at_the_images(method, name, gate, align, teacher, fabric):
+    recipe, alignment = inversion_recipe(method), align(name, ratio=0.3)
+    alignment.fake_probability *= 0.03  # of 0.5, where fakes are not told from real ones
+    loop = Inverter(recipe, teacher, teacher, fabric, alignment)
+    loop.synthesizer.begin(TARGETS)
+    batch = loop.teacher_pass(images := loop.synthesizer.images(), TARGETS if loop.synthesizer.asks else None)
+    total = WeightedTerms(recipe, teacher).values(batch, False)["total"]
+    (own,) = torch.autograd.grad(total, images, retain_graph=True)
+    (both,) = torch.autograd.grad(loop.terms.values(batch, False)["total"], images)
+    assert (both - own).norm() / own.norm() == pytest.approx(0.3 * gate, rel=1e-3)
 
 
 def test_the_bank_holds_augmented_views(teacher, condensed, fabric):

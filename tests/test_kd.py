@@ -62,7 +62,9 @@ def test_a_setting_that_a_method_does_not_read_does_not_compute_it_again(sources
 
 
 @pytest.mark.parametrize(
-    "change", [{"term_weights": {"bn": 0.0}}, {"alignment_weight": 0.7}, {"alignment": "mmd"}], ids=str
+    "change",
+    [{"term_weights": {"bn": 0.0}}, {"alignment_weight": 0.7}, {"alignment_ratio": 0.7}, {"alignment": "mmd"}],
+    ids=str,
 )
 def test_a_setting_that_a_method_reads_is_part_of_its_key(change):
     assert replace(TINY, **change).cache_key(METHODS["expanded"]) != TINY.cache_key(METHODS["expanded"])
