@@ -185,11 +185,10 @@ def test_alignment(name, teacher, images, targets):
     assert reads(step) == 0
 
 
-def test_step_of_the_attack(teacher, batch, targets):
-    settings, length = boundary.AttackSettings(), torch.full((20,), 0.02, device=META)
-    loss, slope, _ = boundary.input_gradient(teacher, batch, targets)
-    state = boundary.AttackState(batch, loss, slope, length, targets)
-    assert reads(boundary.bold_driver_step, state, teacher, targets, settings) == 0
+@pytest.mark.parametrize("name", boundary.ATTACKS)
+def test_step_of_the_attack(name, teacher, batch, targets):
+    state = boundary.AttackState.begin(teacher, batch, targets, 0.02)
+    assert reads(boundary.bold_driver_step, state, teacher, targets, boundary.ATTACKS[name].settings) == 0
 
 
 def matching(name: str, learned, task):
