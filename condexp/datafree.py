@@ -363,6 +363,7 @@ def result_in_words(record: dict) -> str:
     lines += [
         "This compares students of one teacher, and is no accuracy: the teacher is sure of inverted images."
     ]
+    lines += [f"On blends of two of them, of which it is less sure, they agree on {record['blend_agreement']:.1f} %."]
     lines += ["On real ones the student may agree with it far less often."]
     if record["accuracy"]:
         (accuracy,) = record["accuracy"].values()
