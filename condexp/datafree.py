@@ -364,7 +364,7 @@ def result_in_words(record: dict) -> str:
         "This compares students of one teacher, and is no accuracy: the teacher is sure of inverted images."
     ]
     lines += [f"On blends of two of them, of which it is less sure, they agree on {record['blend_agreement']:.1f} %."]
-    lines += ["On real ones the student may agree with it far less often."]
+    lines += ["Expect the lower of the two numbers on real images: where we could check, it seldom promised too much."]
     if record["accuracy"]:
         (accuracy,) = record["accuracy"].values()
         lines += [f"Of the real test images it classifies **{accuracy:.1f} %** correctly"]
