@@ -363,9 +363,10 @@ def result_in_words(record: dict) -> str:
     lines += [
         "This compares students of one teacher, and is no accuracy: the teacher is sure of inverted images."
     ]
-    lines += [f"On blends of two of them, of which it is less sure, they agree on {record['blend_agreement']:.1f} %."]
-    lines += ["Expect the lower of the two numbers on real images:"]
-    lines += ["where we could check, it seldom promised too much."]
+    blends = f"they agree on {record['blend_agreement']:.1f} %."
+    lines += [f"On blends of two of them, of which it is less sure, {blends}"]
+    lines += ["Expect the lower of the two numbers on real images, or less: with two teachers whose data"]
+    lines += ["we have it seldom promised too much (`paper_d_predict`), but it was chosen by them."]
     if record["accuracy"]:
         (accuracy,) = record["accuracy"].values()
         lines += [f"Of the real test images it classifies **{accuracy:.1f} %** correctly"]

@@ -187,12 +187,11 @@ class Distillation:
         for name in ("temperature", "condensed_weight"):
             if not 0 < getattr(self, name) < math.inf:
                 invalid(name, getattr(self, name), "it must be a positive number")
-        check_choice("direction", self.direction, DIRECTIONS)
-        check_choice("batches", self.batches, BATCHES)
+        known = dict(direction=DIRECTIONS, batches=BATCHES, labels=LABELS, augmentation=AUGMENTATIONS)
+        for name, allowed in known.items():
+            check_choice(name, getattr(self, name), allowed)
         inversion_recipe(self.inversion, self.term_weights)
         alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
-        check_choice("labels", self.labels, LABELS)
-        check_choice("augmentation", self.augmentation, AUGMENTATIONS)
 
     def cache_key(self, method: Method) -> dict:
         "The settings that `method` reads; an alignment by its settings, not its name."

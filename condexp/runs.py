@@ -394,7 +394,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
     "The settings of a run's methods: equal for all of them."
     small = len(train) <= 5000
     recipe = INVERSIONS[run.inversion]
-    most = 30 if small and recipe not in PUBLISHED else recipe.steps
+    shortened = small and recipe not in PUBLISHED
     return Distillation(
         epochs=run.epochs or (16 if small else 20),
         steps=run.steps or (25 if small else 50),
@@ -408,7 +408,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         mixup=run.mixup,
         inversion=run.inversion,
         term_weights=run.term_weights,
-        inversion_steps=run.inversion_steps or (min(recipe.steps, most) if small else 0),
+        inversion_steps=run.inversion_steps or (min(recipe.steps, 30) if shortened else 0),
         alignment=resolve_alignment(alignment, run.ipc),
         alignment_weight=run.alignment_weight,
         alignment_ratio=run.alignment_ratio,
