@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Params', 'FAMILIES', 'NEUTRAL', 'GEOMETRY', 'BOUNDS', 'REFERENCE_SIZE', 'MAGNITUDE', 'AUGMENTATIONS', 'affine_maps',
            'warp', 'shift_flip', 'recolour', 'cut_out', 'one_family_each', 'Augment', 'flippable', 'standard',
-           'siamese', 'extreme', 'identity', 'rand_augment_operations', 'each_its_own', 'elastic', 'PaperAugment',
-           'paper', 'paper_synthetic', 'mixup']
+           'siamese', 'extreme', 'identity', 'autocontrast', 'rand_augment_operations', 'each_its_own', 'elastic',
+           'PaperAugment', 'paper', 'paper_synthetic', 'mixup']
 
 # %% ../nbs/01_augment.ipynb #cell-02
 import math
@@ -238,6 +238,12 @@ def identity(images: ImageSet) -> Augment:
     "No augmentation."
     return Augment(shift=0, flip=False)
 
+# %% ../nbs/01_augment.ipynb #paper-0b
+def autocontrast(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    "Each channel of each image stretched to [0, 1]; one of a single value stays as it is."
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) / (high - low).clamp_min(1e-8), x)
+
 # %% ../nbs/01_augment.ipynb #paper-01
 def rand_augment_operations(
     size: int,  # of the images
@@ -260,7 +266,7 @@ def rand_augment_operations(
         lambda x, sign: TF.adjust_sharpness(x, 1 + sign * factor),
     ]
     plain = [lambda x: x, lambda x: TF.posterize(x, 8 - round(4 * level)), lambda x: TF.solarize(x, 1 - level)]
-    plain += [TF.autocontrast, TF.equalize]
+    plain += [autocontrast, TF.equalize]
     return [partial(f, sign=sign) for f in signed for sign in (1, -1)] + [f for f in plain for _ in range(2)]
 
 # %% ../nbs/01_augment.ipynb #paper-04
