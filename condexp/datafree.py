@@ -27,7 +27,7 @@ from .kd import Distillation, MethodResult, StudentTraining, SyntheticSet, disti
 from .models import Classifier, check_model, fingerprint, freeze, make_classifier
 from .parameters import RunDatafree
 from .runs import as_teacher_takes, given_set, read_teacher
-from .scores import predict_measures, proxy_agreement, rank_sources, score
+from .scores import PROXY, predict_measures, proxy_agreement, rank_sources, score
 from .shaders import gl_context
 from .sources import SOURCES
 from .training import make_fabric, on_device, precision_of
@@ -128,15 +128,16 @@ def judge(
     probe: ImageSet,  # of `probe_set`
     fabric: Fabric,
     seed: int,
+    settings: Distillation = PROXY,  # of the proxy students
 ) -> dict[str, dict]:  # name -> its measures and `score`, best first
     "What each small set, and the two best together, promise."
     rows = {}
     for name in progress(list(sets), "judging"):
-        rows[name] = judged(sets[name], teacher, probe, fabric, seed)
+        rows[name] = judged(sets[name], teacher, probe, fabric, seed, settings)
     best = rank_sources(rows)[:2]
     if len(best) == 2:
         halves = [sets[name].subset(range(0, len(sets[name]), 2)) for name in best]
-        rows[" + ".join(best)] = judged(joined(halves), teacher, probe, fabric, seed)
+        rows[" + ".join(best)] = judged(joined(halves), teacher, probe, fabric, seed, settings)
     return {name: rows[name] for name in rank_sources(rows)}
 
 
@@ -146,14 +147,16 @@ def judged(
     probe: ImageSet,
     fabric: Fabric,
     seed: int,
+    settings: Distillation = PROXY,  # of the proxy student
     proxies: dict[str, Distillation] | None = None,  # other proxy students: name -> how they are taught
 ) -> dict:
     "The measures of a set, and its score; from the cache if it was judged before."
     key = dict(images=images.fingerprint, teacher=fingerprint(teacher), probe=probe.fingerprint, seed=seed)
-    key, given = key | dict(proxies=proxies or {}), (images, teacher, probe, fabric, seed)
+    key |= dict(settings=settings, proxies=proxies or {})
+    given = images, teacher, probe, fabric, seed
 
     def compute(checkpoint: Checkpoint) -> dict:
-        row = predict_measures(*given)
+        row = predict_measures(*given, settings)
         others = {name: proxy_agreement(*given, how)[0] for name, how in (proxies or {}).items()}
         row |= {f"proxy agreement, {name}": percent for name, percent in others.items()}
         return row | {"score": score(row)}

@@ -577,6 +577,7 @@ class RunDatafree(Parameters):
     own = {
         "teacher": teacher_file,
         "student": lambda name, value: model(name, value) if value else "",
+        "proxy_steps": at_least(1),
         "minutes": minutes,
         "sources": named_sources,
         "photographs": dataset_or_empty,
@@ -586,6 +587,7 @@ class RunDatafree(Parameters):
     }
     teacher: str
     student: str
+    proxy_steps: int
     minutes: float
     images: int
     sources: list[str]

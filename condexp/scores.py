@@ -24,7 +24,7 @@ from .training import Stream, on_device, predict, wilson
 from .transfer import check_images
 
 # %% ../nbs/09_scores.ipynb #sco-09
-PROXY = Distillation(epochs=1, steps=100, batch_size=64)  # how a proxy student is taught
+PROXY = Distillation(epochs=1, steps=400, batch_size=64)  # how a proxy student is taught
 
 
 def probe_agreement(

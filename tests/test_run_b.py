@@ -78,7 +78,7 @@ def test_without_data_the_methods_that_need_none_run(papermill, small_teacher, t
 
 
 def test_a_student_is_made_from_a_teacher_and_nothing_else(papermill, small_teacher, fabric):
-    asked = {"sources": "fast,noise", "images": 300, "minutes": 0.3, "student": "wrn_10_1", "dataset": "digits"}
+    asked = {"sources": "fast,noise", "images": 300, "minutes": 0.3, "proxy_steps": 80, "student": "wrn_10_1", "dataset": "digits"}
     out = papermill("run_datafree", **asked, teacher=small_teacher[0], precision="32")
     assert out.returncode == 0, out.stdout
     r, made = record(papermill.folder), papermill.folder / "made"
