@@ -331,6 +331,7 @@ class RunDistil(RunTraining):
     inversion: str
     term_weights: dict[str, float]
     inversion_steps: int
+    images: int
     keep_warmup: bool
     alignment_weight: float | None
     alignment_ratio: float | None
@@ -387,7 +388,8 @@ class RunKD(RunArms):
 def arms_without_data(arms: list[str], condenser: str) -> list[str]:
     "The methods that need no data: those with a condensed set only where there is a file or folder of it."
     gone = {"random", "full"} | ({"condensed"} if condenser in CONDENSERS else set())
-    left = [name for name in arms if name not in METHODS or METHODS[name].source not in gone]
+    needs = {name: {m.source} | ({"full"} if m.pool == "real" else set()) for name, m in METHODS.items()}
+    left = [name for name in arms if not needs.get(name, set()) & gone]
     if not left:
         need = "inversion needs the teacher alone, condensed, mixed and expanded a condenser that is a path"
         invalid("arms", ", ".join(arms), f"dataset is empty: {need}")

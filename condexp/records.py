@@ -284,11 +284,11 @@ def paired_table(
     )
 
 # %% ../nbs/11_records.ipynb #cell-26
-METHOD_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "full")
+METHOD_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "oracle", "full")
 METHOD_COLOURS = dict(
-    zip(METHOD_ORDER, ("#999999", "#E69F00", "#56B4E9", "#009E73", "#08306B", "#CC79A7"), strict=True)
+    zip(METHOD_ORDER, ("#999999", "#E69F00", "#56B4E9", "#009E73", "#08306B", "#D55E00", "#CC79A7"), strict=True)
 )
-METHOD_MARKERS = dict(zip(METHOD_ORDER, "sDvoP^", strict=True))
+METHOD_MARKERS = dict(zip(METHOD_ORDER, "sDvoPX^", strict=True))
 PAPER_LABELS = {  # of Paper A's tables
     "condensed": "CS",
     "inversion": "Fast",

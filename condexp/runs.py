@@ -395,8 +395,9 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
     small = len(train) <= 5000
     recipe = INVERSIONS[run.inversion]
     shortened = small and recipe not in PUBLISHED
+    epochs, batch = run.epochs or (16 if small else 20), 64 if small else 100
     return Distillation(
-        epochs=run.epochs or (16 if small else 20),
+        epochs=epochs,
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
         temperature=run.temperature,
@@ -413,9 +414,9 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         alignment_weight=run.alignment_weight,
         alignment_ratio=run.alignment_ratio,
         layer=run.layer,
-        batches_per_epoch=1 if small else 2,
-        synthesis_batch=64 if small else 100,
-        warmup=6 if small else min(20, run.epochs or 20),
+        batches_per_epoch=max(1, round(run.images / (epochs * batch))) if run.images else 1 if small else 2,
+        synthesis_batch=batch,
+        warmup=6 if small else min(20, epochs),
         keep_warmup=run.keep_warmup,
     )
 
