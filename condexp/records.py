@@ -216,7 +216,7 @@ def read_records(
     "All accuracies of the records under `folder`. `ValueError` if there is none."
     if not (paths := sorted(Path(folder).rglob(pattern))):
         invalid(
-            "records", str(folder), f"no file in it is called {pattern!r}; reports/Snakefile makes records"
+            "records", str(folder), f"no file in it is called {pattern!r}; the Snakefile makes records"
         )
     return pd.DataFrame([row for p in paths for row in record_rows(json.loads(p.read_text()), p.name)])
 

@@ -1,0 +1,420 @@
+"""Every record, table and figure, made by one command at the top of the repository.
+
+    snakemake --profile profiles/smoke     every notebook once, at a tiny scale: minutes, no download
+    snakemake --profile profiles/cpu       the committed results: 16 pixels, narrow networks, a day of two cores
+    snakemake --profile profiles/gpu       the papers' networks at 32 pixels
+    snakemake --profile profiles/slurm     the same, each run a job of its own
+
+`--config data=/some/where/cifar10.tar.xz` at the end names CIFAR-10, else torchvision downloads it; `other=` a set of other images in
+class folders, such as ImageNet's, else CIFAR-100 (an archive also gives the bench of a hundred classes). A second call makes what is
+missing. What was run before is in the cache (`CONDEXP_CACHE`); what was killed goes on from its last epoch. A run that fails does not
+stop the others; the end of its log is shown, and the whole of it is in `runs/`.
+"""
+
+import tarfile
+
+from pathlib import Path
+
+SCALES = {
+    "cpu": dict(
+        scale="-p size 16 -p precision bf16 -p epochs 20 -p steps 40 -p batch_size 64",  # faster on a CPU with AMX
+        pairs={"wrn": "wrn_10_2 wrn_10_1", "convnet": "wrn_10_2 convnet3_w64"},
+        plain={"vit": "vit_cifar wrn_10_1"},  # the teacher has no BatchNorm, whose statistics an inversion could match
+        steps={"cmi": 30},  # generator steps a batch, where the method's own are too many
+        transfer="-p size 16 -p precision bf16 -p epochs 20 -p steps 100 -p batch_size 64",
+        families=("wrn_10_2", "vit_cifar", "convnext_cifar"),
+        patience=(3, 10, 30),
+        images=10_000,
+        programs=256,
+        seeds=3,
+    ),
+    "gpu": dict(
+        scale="-p size 32 -p epochs 100 -p steps 200 -p batch_size 256",
+        pairs={
+            "r34-r18": "resnet34_cifar resnet18_cifar",
+            "r34-mbv2": "resnet34_cifar mobilenetv2_cifar",
+            "wrn40": "wrn_40_2 wrn_16_1",
+            "wrn40-40": "wrn_40_2 wrn_40_1",
+            "wrn40-16": "wrn_40_2 wrn_16_2",
+            "vgg-r18": "vgg11_bn_cifar resnet18_cifar",
+        },
+        plain={"vit": "vit_cifar resnet18_cifar"},
+        steps={},
+        transfer="-p size 32 -p epochs 200 -p steps 200 -p batch_size 256",
+        families=("resnet50_cifar", "vit_cifar", "convnext_cifar"),
+        patience=(25, 100, 400),
+        images=50_000,
+        programs=1089,
+        seeds=3,
+    ),
+}
+NAME = config.get("scale", "cpu")
+SCALE, DATA, OTHER = SCALES[NAME if NAME != "smoke" else "cpu"], config.get("data", "cifar10"), config.get("other", "cifar100")
+PREFIX = "" if NAME == "cpu" else f"{NAME}-"
+RUNS = {}  # the record's name: notebook, parameters
+
+
+def add(notebook, name, parameters):
+    scale = SCALE["scale"] if notebook != "run_condense" else SCALE["scale"].split(" -p epochs")[0]
+    RUNS[PREFIX + name] = (notebook, f"-p dataset {DATA} {scale} {parameters}")
+
+
+def networks(pair):
+    return "-p teacher {} -p student {}".format(*(SCALE["pairs"] | SCALE["plain"])[pair].split())
+
+
+WITHOUT_BN = "fast without bn"  # Fast with one term left out
+
+
+def called(inversion):
+    "In the names of files."
+    return "fast_bn0" if inversion == WITHOUT_BN else inversion
+
+
+def method(inversion):
+    "The parameters of an inversion."
+    name, weights = ("fast", " -y 'term_weights: {bn: 0}'") if inversion == WITHOUT_BN else (inversion, "")
+    return f"-p inversion {name} -p inversion_steps {SCALE['steps'].get(inversion, 0)}{weights}"
+
+
+def add_alignment(name, weights, seed, more, inversion="fast"):
+    "A run for each weight, of all alignments that are tried with it."
+    for weight, alignments in weights.items():
+        asked = f"-p alignments {','.join(alignments)} -p alignment_weight {weight} -p seed {seed} {more}"
+        add("run_alignment", f"{name}-w{weight}-seed{seed}", f"{networks(first)} {method(inversion)} {asked}")
+
+
+def add_kd(inversion, pair, ipc, condenser, seed):
+    given = f"-p condenser {condenser} -p ipc {ipc} -p seed {seed}"
+    add("run_kd", f"kd-{called(inversion)}-{pair}-{condenser}{ipc}-seed{seed}", f"{networks(pair)} {method(inversion)} {given}")
+
+
+first = next(iter(SCALE["pairs"]))
+for seed in range(SCALE["seeds"]):
+    for pair in SCALE["pairs"]:
+        for inversion in ("fast", "pre_dfkd", "cmi"):  # the main table
+            add_kd(inversion, pair, 10, "dm", seed)
+    for pair in SCALE["plain"]:
+        add_kd("fast", pair, 10, "dm", seed)
+    add_kd(WITHOUT_BN, first, 10, "dm", seed)  # what feature alignment adds where BatchNorm's statistics are left out
+    for ipc in (1, 50):  # the ipc curve
+        for inversion in ("fast", "pre_dfkd"):
+            add_kd(inversion, first, ipc, "dm", seed)
+    for condenser in ("mtt", "dsa", "random"):  # the condensation ablation, and few real images
+        for ipc in (1, 10):
+            add_kd("fast", first, ipc, condenser, seed)
+    for inversion in ("pre_dfkd", "cmi"):  # and other methods with few real images
+        add_kd(inversion, first, 10, "random", seed)
+    for condenser in ("random", "herding", "dm", "dsa", "mtt"):
+        for ipc in (1, 10, 50):
+            add("run_condense", f"condense-{condenser}{ipc}-seed{seed}", f"-p condenser {condenser} -p ipc {ipc} -p seed {seed}")
+
+KINDS = ["conditional", "gradient_penalty", "unconditional", "hinge", "least_squares", "instance_noise", "no_augmentation"]
+FEW = [f"{kind}_few" for kind in ("conditional", "spectral", "unconditional", "hinge", "least_squares", "instance_noise", "no_augmentation")]
+STUDY = {  # weight: alignments; at one image per class the discriminator is updated once a step anyway
+    1: {0.03: FEW[:1], 0.1: ["conditional_few", "least_squares_few"], 0.3: [*FEW, "mmd"], 1: ["mmd"]},
+    10: {0.1: ["gradient_penalty"], 0.3: ["conditional", "gradient_penalty", "mmd"], 1: [*KINDS, "one_d_step", "mmd"]},
+}
+CHOSEN = {  # three kinds, each with the best of its weights on the validation split
+    1: {0.03: ["conditional_few"], 0.1: ["least_squares_few"], 0.3: ["mmd"]},
+    10: {0.3: ["conditional"], 1: ["unconditional", "mmd"]},
+}
+OTHERS = {  # does what was chosen with Fast suit other methods, and Fast itself without BatchNorm's statistics?
+    (WITHOUT_BN, 10): {3: ["conditional"], 1: [*KINDS, "one_d_step", "mmd"], 0.3: ["conditional", "unconditional", "mmd"]},
+    ("pre_dfkd", 10): {1: ["conditional", "mmd"], 0.3: ["conditional"], 0.1: ["conditional"]},
+    ("pre_dfkd", 1): {1: ["conditional_few", "mmd"], 0.3: FEW[:1], 0.1: FEW[:1], 0.03: FEW[:1]},
+    ("cmi", 10): {1: ["conditional", "mmd"], 0.3: ["conditional"], 0.1: ["conditional"]},
+}
+MEASURED = {  # kinds, each with the best of its weights at ten images per class; for PRE-DFKD the paper's ablation
+    (WITHOUT_BN, 10): {0.3: ["conditional", "mmd"], 1: ["unconditional"]},
+    ("pre_dfkd", 10): {0.1: ["conditional", "unconditional"]},
+}
+for ipc in (10, 1):
+    for seed in range(3):  # settings are chosen here, on a validation split of the training images
+        add_alignment(f"choose-ipc{ipc}", STUDY[ipc], seed, f"-p evaluate validation -p ipc {ipc}")
+    for seed in range(8):  # and what was chosen is measured here
+        add_alignment(f"alignment-ipc{ipc}", CHOSEN[ipc], seed, f"-p ipc {ipc}")
+for (inversion, ipc), weights in OTHERS.items():
+    for seed in range(2):
+        more = f"-p evaluate validation -p ipc {ipc}"
+        add_alignment(f"choose-{called(inversion)}-ipc{ipc}", weights, seed, more, inversion)
+for (inversion, ipc), kinds in MEASURED.items():
+    for seed in range(8):
+        add_alignment(f"alignment-{called(inversion)}-ipc{ipc}", kinds, seed, f"-p ipc {ipc}", inversion)
+if NAME == "cpu":
+    for layer in ("body.1", "body.2"):  # the outputs of the first two groups of blocks of a WRN-10-2
+        for seed in range(8):
+            add_alignment(f"layer-{layer}", {0.3: ["conditional"]}, seed, f"-p ipc 10 -p layer {layer}", WITHOUT_BN)
+    for seed in range(5):  # the README's main job, on MNIST
+        RUNS[f"first-run-seed{seed}"] = ("run_kd", f"-p ipc 10 -p seed {seed}")
+
+
+# The trial: enough steps, a teacher and a condensed set of its own for each seed, an oracle beside the methods
+
+HUNDRED = "runs/hundred.tar"  # every second class of `other`
+BENCHES = {
+    "cpu": {
+        "cifar": dict(
+            data=DATA, teacher="wrn_10_2", student="wrn_10_1", size=16,
+            scale="-p precision bf16 -p epochs 40 -p steps 200 -p batch_size 64 -p images 20000", alignment="",
+        ),
+        "hundred": dict(
+            data=HUNDRED, teacher="wrn_16_2", student="wrn_10_1", size=16,
+            scale="-p precision bf16 -p epochs 40 -p steps 100 -p batch_size 64 -p images 20000", alignment="",
+        ),
+    },
+    "gpu": {
+        "cifar": dict(
+            data=DATA, teacher="resnet34_cifar", student="mobilenetv2_cifar", size=32,
+            scale="-p epochs 200 -p steps 200 -p batch_size 256 -p images 200000", alignment="",
+        ),
+        "hundred": dict(
+            data=HUNDRED, teacher="resnet34_cifar", student="resnet18_cifar", size=32,
+            scale="-p epochs 200 -p steps 200 -p batch_size 256 -p images 200000", alignment="",
+        ),
+    },
+}[NAME if NAME != "smoke" else "cpu"]  # fmt: skip
+ARMS = "inversion,mixed,expanded,oracle,full"
+RATIOS = (0.1, 0.3, 1)  # of the alignment's gradient at the images to the inversion's
+
+
+def bench_run(bench, ipc, seed, more):
+    "The parameters of a run of the trial; one of three teachers for each seed."
+    b = BENCHES[bench]
+    file = f"runs/{PREFIX}{bench}-teacher{seed % 3}.safetensors"
+    return (
+        f"-p dataset {b['data']} -p size {b['size']} {b['scale']} -p teacher {file} -p student {b['student']}"
+        f" -p ipc {ipc} -p seed {seed} {more}"
+    )
+
+
+def teacher_run(bench, seed):
+    "The parameters of `run_teacher`."
+    b = BENCHES[bench]
+    precision = "-p precision bf16" if "bf16" in b["scale"] else ""
+    return f"-p dataset {b['data']} -p size {b['size']} -p model {b['teacher']} -p seed {seed} {precision}"
+
+
+for bench in BENCHES if "tar" in OTHER else ["cifar"]:
+    for ratio in RATIOS:  # the weight of the alignment is chosen here, on a validation split, by a seed that is not measured
+        more = f"-p evaluate validation -p alignments conditional -p alignment_ratio {ratio}"
+        RUNS[f"{PREFIX}choose-{bench}-ratio{ratio}"] = ("run_alignment", bench_run(bench, 10, 99, more))
+    for seed in range(5):
+        more = f"-p arms {ARMS} {BENCHES[bench]['alignment']}"
+        RUNS[f"{PREFIX}trial-{bench}-ipc10-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, more))
+
+
+def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
+    teacher, student = teacher or SCALE["pairs"][first].split()[0], SCALE["pairs"][first].split()[1]
+    given = f"-p surrogate {surrogate} -p programs {SCALE['programs']} -p budget 10 -p seed {seed}"
+    RUNS[f"{PREFIX}{name}-seed{seed}"] = (
+        notebook,
+        f"-p dataset {DATA} {SCALE['transfer']} -p teacher {teacher} -p student {student} {given} {more}",
+    )
+
+
+MANY, FEWER = f"-p images {SCALE['images']}", f"-p images {SCALE['images'] * 2 // 5}"
+ROWS = {"hard": f"{MANY} -p labels hard", "longtail": f"{FEWER} -p sampling longtail", "few": FEWER}
+ROWS |= {"extreme": f"{MANY} -p augmentation extreme", "none": f"{MANY} -p augmentation none -p mixup False"}
+POOL = f"runs/{PREFIX}kd-fast-{first}-dm10"  # where run_kd leaves what it made
+for seed in range(SCALE["seeds"]):
+    for name in ("original", "shaders", "leaves", "noise", "single_image"):  # the main table
+        add_transfer("run_surrogate", f"surrogate-{name}", name, seed, MANY)
+    add_transfer("run_surrogate", "surrogate-other-out", OTHER, seed, f"{MANY} -p part out")
+    add_transfer("run_surrogate", "surrogate-other-in", OTHER, seed, "-p images 0 -p part in")  # these are fewer
+    add_transfer("run_surrogate", "temperature-shaders", "shaders", seed, f"{MANY} -p temperature 2")  # each at the other's
+    add_transfer("run_surrogate", "temperature-other-out", OTHER, seed, f"{MANY} -p part out -p temperature 20")
+    if Path(OTHER).suffix in (".xz", ".gz", ".tar"):
+        add_transfer("run_boundary", "boundary-photographs", "runs/photographs", seed, "-p images 0")
+    add_transfer("run_boundary", "boundary-noise", "noise", seed, "-p images 500")
+    add_transfer("run_surrogate", "control-noise", "noise", seed, "-p images 18000 -p sampling none")  # as many as the attack can make
+    pool = f"{POOL}-seed{seed}/expanded.images.safetensors"
+    add_transfer("run_boundary", "boundary-pool", pool, seed, "-p images 500 -p sampling none")
+    for name in ("original", "shaders"):
+        for row, more in ROWS.items():  # the ablation
+            add_transfer("run_surrogate", f"ablation-{name}-{row}", name, seed, more)
+        for teacher in SCALE["families"]:  # patience
+            for epochs in SCALE["patience"]:
+                more = f"{MANY} -p epochs {epochs}"  # which wins over the transfer's own
+                add_transfer("run_surrogate", f"patience-{name}-{teacher}-{epochs}", name, seed, more, teacher)
+
+TABLES = ["first_run", "a_main", "a_ipc", "a_condensation", "a_discriminator", "a_few_shot", "a_cost"]
+TABLES += ["b_main", "b_entropy", "b_ablation", "b_attack", "b_patience", "b_cost"]
+FROM_RECORDS = [*TABLES, "datafree", "d_predict"]  # pages that read nothing but records
+SMOKE = {  # every run notebook, tiny
+    "run_teacher": "-p epochs 2 -p output runs/smoke/teacher.safetensors",
+    "run_condense": "-p condenser herding -p ipc 2 -p epochs 2 -p steps 5",
+    "run_kd": "-p condenser random -p epochs 3 -p steps 5 -p inversion_steps 3",
+    "run_alignment": "-p condenser random -p epochs 3 -p steps 5 -p inversion_steps 3 -p alignments conditional,mmd",
+    "run_surrogate": "-p surrogate noise -p images 200 -p epochs 2 -p steps 5",
+    "run_boundary": "-p surrogate noise -p images 40 -p epochs 2 -p steps 5",
+    "run_quality": "-p surrogate leaves -p images 100",
+    "run_predict": "-p images 40 -p epochs 1 -p steps 5",
+    "run_import": "-p weights runs/smoke/teacher.safetensors",
+    "run_datafree": "-p teacher runs/smoke/teacher.safetensors -p sources fast,noise -p images 200 -p minutes 0.3"
+    " -p proxy_steps 20 -p student wrn_10_1 -p output runs/smoke/made",
+}
+
+CARDS = int(config.get("cards", 1))  # GPUs of this machine; each run takes the first that is free
+shell.prefix(
+    "set -o pipefail; mkdir -p runs/smoke; export MESA_SHADER_CACHE_DISABLE=true; "  # or a program rendered once compiles for nothing
+    + (
+        "card() {{ for g in $(seq 0 " + str(CARDS - 1) + "); do exec 9> runs/card$g.lock; "
+        "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$g; return; fi; done; }}; card; ".replace("{{", "{").replace("}}", "}")
+        if CARDS > 1
+        else ""
+    )
+)
+PAPERMILL = "papermill --no-progress-bar"
+LOGGED = " > {log} 2>&1 || {{ echo '{rule} {wildcards} failed, {log} ends with:'; tail -n 3 {log}; exit 1; }}"
+NEEDS = dict(gpu=int(NAME == "gpu"), mem_mb=8000, runtime=600)  # of a run: cards, MB, minutes
+
+
+TINY = [f"runs/smoke/{name}.ipynb" for name in [*SMOKE, *(f"paper_{page}" for page in FROM_RECORDS)]]
+DRAWN = [f"reports/paper_{page}.ipynb" for page in [*TABLES, "a_images", "b_features"]]
+
+
+rule all:
+    input:
+        TINY if NAME == "smoke" else DRAWN,
+
+
+rule trial:
+    input:
+        [f"reports/records/{name}.json" for name in RUNS if "trial-" in name or "-ratio" in name],
+
+
+rule tiny:  # a run notebook, once
+    input:
+        lambda w: "runs/smoke/run_teacher.ipynb" if "teacher.safetensors" in SMOKE[w.notebook] and w.notebook != "run_teacher" else [],
+    output:
+        "runs/smoke/{notebook,run_.*}.ipynb",
+    log:
+        "runs/smoke/{notebook}.log",
+    params:
+        parameters=lambda w: SMOKE[w.notebook],
+        data=lambda w: "" if w.notebook in ("run_import", "run_datafree") else "-p dataset digits",
+    shell:
+        PAPERMILL + " nbs/{wildcards.notebook}.ipynb {output} {params.data} {params.parameters} -p record runs/smoke/{wildcards.notebook}.json" + LOGGED
+
+
+rule page:  # from the committed records
+    output:
+        "runs/smoke/paper_{page}.ipynb",
+    log:
+        "runs/smoke/paper_{page}.log",
+    shell:
+        PAPERMILL + " nbs/paper_{wildcards.page}.ipynb {output}" + LOGGED
+
+
+rule records:  # of this scale
+    input:
+        expand("reports/records/{name}.json", name=RUNS),
+
+
+rule table:  # drawn from all records that are there
+    input:
+        rules.records.input,
+    output:
+        "reports/paper_{table,(?!a_images|b_features).*}.ipynb",
+    log:
+        "runs/paper_{table}.log",
+    shell:
+        PAPERMILL + " nbs/paper_{wildcards.table}.ipynb {output} -p profile '{PREFIX}'" + LOGGED
+
+
+rule features:
+    output:
+        "reports/paper_b_features.ipynb",
+    log:
+        "runs/paper_b_features.log",
+    resources:
+        **NEEDS,
+    shell:
+        PAPERMILL + " nbs/paper_b_features.ipynb {output} -p photographs {DATA} -p record reports/records/paper_b_features.json" + LOGGED
+
+
+rule images:  # of the method that feature alignment changes most
+    input:
+        f"reports/records/{PREFIX}kd-pre_dfkd-{first}-dm10-seed0.json",
+    output:
+        "reports/paper_a_images.ipynb",
+    log:
+        "runs/paper_a_images.log",
+    params:
+        parameters=f"-p dataset {DATA} {SCALE['scale']} {networks(first)} -p inversion pre_dfkd",
+    resources:
+        **NEEDS,
+    shell:
+        PAPERMILL + " nbs/paper_a_images.ipynb {output} {params.parameters} -p record reports/records/paper_a_images.json" + LOGGED
+
+
+rule photographs:  # of one thing: of ImageNet's class "school bus", as the paper takes photographs of aircraft
+    output:
+        directory("runs/photographs"),
+    shell:
+        "mkdir -p {output} && tar -xf {OTHER} -C {output} --strip-components=1 --wildcards '*/train/n04146614/*'"
+
+
+rule hundred:  # every second class of an archive of class folders
+    output:
+        HUNDRED,
+    run:
+        with tarfile.open(OTHER) as archive, tarfile.open(output[0], "w") as half:
+            members = [m for m in archive if m.isfile() and len(Path(m.name).parts) > 2]
+            classes = sorted({Path(m.name).parent.name for m in members})[::2]
+            for m in members:
+                if Path(m.name).parent.name in classes:
+                    half.addfile(m, archive.extractfile(m))
+
+
+def made_before(words):
+    "The files among some parameters that another rule makes."
+    return [word for word in words.split() if word.startswith("runs/")]
+
+
+rule teacher:
+    input:
+        lambda w: made_before(teacher_run(w.bench, w.seed)),
+    output:
+        f"runs/{PREFIX}{{bench}}-teacher{{seed}}.safetensors",
+    log:
+        f"runs/{PREFIX}{{bench}}-teacher{{seed}}.log",
+    params:
+        parameters=lambda w: teacher_run(w.bench, w.seed),
+        record=lambda w: f"reports/records/{PREFIX}trial-{w.bench}-teacher{w.seed}.json",
+    resources:
+        **NEEDS,
+    shell:
+        PAPERMILL + " nbs/run_teacher.ipynb runs/{PREFIX}{wildcards.bench}-teacher{wildcards.seed}.ipynb {params.parameters}"
+        " -p output {output} -p record {params.record}" + LOGGED
+
+
+rule pool:  # quick where the run of that name is in the cache
+    output:
+        "runs/{name}/expanded.images.safetensors",
+    log:
+        "runs/{name}/pool.log",
+    params:
+        parameters=lambda w: RUNS[w.name][1],
+    resources:
+        **NEEDS,
+    shell:
+        PAPERMILL + " nbs/run_kd.ipynb runs/{wildcards.name}/pool.ipynb {params.parameters} -p arms expanded"
+        " -p output runs/{wildcards.name} -p record runs/{wildcards.name}/pool.json" + LOGGED
+
+
+rule record:
+    input:  # a record that is there needs nothing more
+        lambda w: [] if Path(f"reports/records/{w.name}.json").exists() else made_before(RUNS[w.name][1]),
+    output:
+        "reports/records/{name}.json",
+    log:
+        "runs/{name}.log",
+    params:
+        notebook=lambda w: RUNS[w.name][0],
+        parameters=lambda w: RUNS[w.name][1],
+    resources:
+        **NEEDS,
+    shell:
+        PAPERMILL + " nbs/{params.notebook}.ipynb runs/{wildcards.name}.ipynb {params.parameters} -p record {output}" + LOGGED
