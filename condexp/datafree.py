@@ -368,8 +368,8 @@ def result_in_words(record: dict) -> str:
     ]
     blends = f"they agree on {record['blend_agreement']:.1f} %."
     lines += [f"On blends of two of them, of which it is less sure, {blends}"]
-    lines += ["Expect the lower of the two numbers on real images, or less: with two teachers whose data"]
-    lines += ["we have it seldom promised too much (`paper_d_predict`), but it was chosen by them."]
+    lines += ["Expect the lower of the two numbers on real images, or less: with three teachers whose data"]
+    lines += ["we have it seldom promised more than a few points too much (`paper_d_predict`)."]
     if record["accuracy"]:
         (accuracy,) = record["accuracy"].values()
         lines += [f"Of the real test images it classifies **{accuracy:.1f} %** correctly"]

@@ -610,9 +610,16 @@ class RunDatafree(Parameters):
 class RunPredict(RunTraining):
     "Parameters of `run_predict`."
 
-    own = {"photographs": dataset_or_empty, "images": at_least(20)}
+    own = {
+        "photographs": dataset_or_empty,
+        "images": at_least(20),
+        "sources": named_sources,
+        "proxy_steps": at_least(4),
+    }
     teacher: str
     student: str
+    sources: list[str]
+    proxy_steps: int
     photographs: str
     images: int
 

@@ -91,6 +91,17 @@ def test_a_student_is_made_from_a_teacher_and_nothing_else(papermill, small_teac
     assert "greement" in (made / "README.md").read_text() and str(papermill.folder) not in json.dumps(r)
 
 
+def test_promises_are_compared_with_students(papermill, small_teacher):
+    asked = {"dataset": "digits", "size": 8, "sources": "leaves,noise", "images": 40, "proxy_steps": 8, "epochs": 2, "steps": 3}
+    out = papermill("run_predict", **asked, teacher=small_teacher[0], precision="32")
+    assert out.returncode == 0, out.stdout
+    r = record(papermill.folder)
+    assert {"noise, even", "leaves, as it comes", "leaves + noise"} <= r["accuracy"].keys() == r["measures"].keys()
+    promised = {"proxy agreement", "proxy agreement, 2 steps", "proxy agreement, batch statistics", "vendi", "T. stddev"}
+    assert all(promised <= row.keys() for row in r["measures"].values())
+    assert r["accuracy"].keys() == r["probe_agreement"].keys() == r["blend_agreement"].keys() == r["test_agreement"].keys()
+
+
 def test_any_saved_set_can_be_judged(papermill, teacher_file, condensed, tmp_path):
     path = condensed.save(tmp_path / "few.safetensors")
     (tmp_path / "related.json").write_text("{}")
