@@ -6,9 +6,10 @@
 __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER', 'METHOD_COLOURS', 'METHOD_MARKERS',
            'PAPER_LABELS', 'BATCH_STATISTICS', 'CONTRASTS', 'TABLE', 'environment', 'commit_of', 'peak_memory',
            'write_record', 'json_safe', 'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text',
-           'read_records', 'plus_minus', 'paired', 'best_baseline', 'describe_scale', 'paired_table', 'plot_students',
-           'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_methods', 'scores', 'agreement_in_words',
-           'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table', 'plot_accuracies']
+           'read_records', 'plus_minus', 'paired', 'interval', 'verdict', 'best_baseline', 'describe_scale',
+           'paired_table', 'plot_students', 'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_methods', 'scores',
+           'agreement_in_words', 'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table',
+           'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -251,6 +252,31 @@ def paired(
     gap, n = pairs[method] - pairs[baseline], len(pairs)
     p = float(ttest_rel(pairs[method], pairs[baseline]).pvalue) if n > 1 else float("nan")
     return dict(difference=gap.mean(), error=gap.sem(), p=p, wins=int((gap > 0).sum()), seeds=n)
+
+# %% ../nbs/11_records.ipynb #verdict-2
+def interval(test: dict) -> tuple[float, float]:
+    "The 95 % interval of a mean difference of `paired`, by Student's t; not a number for a single seed."
+    from scipy.stats import t
+
+    half = t.ppf(0.975, test["seeds"] - 1) * test["error"] if test["seeds"] > 1 else math.nan
+    return test["difference"] - half, test["difference"] + half
+
+
+def verdict(
+    test: dict,  # of `paired`
+    room: float,  # points from the baseline to the ceiling
+    paper: float | None = None,  # the paper's difference, where it gives one
+) -> str:
+    "What the seeds say of a claim that `test` is positive."
+    if test["seeds"] < 3:
+        return "too few seeds"
+    low, high = interval(test)
+    if high < 0:
+        return "opposite"
+    if low > 0:
+        return "reproduced" if paper is None or test["difference"] >= paper / 2 else "direction only"
+    needed = (high - low) / 2 if paper is None else paper
+    return "not seen, little room" if room < needed else "not seen, with room"
 
 # %% ../nbs/11_records.ipynb #cell-21
 def best_baseline(
