@@ -14,6 +14,9 @@ import pytest
 from conftest import ROOT
 from papermill import inspect_notebook
 
+sys.path.append(str(ROOT / "tools"))
+import front_page
+
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RUNS = [p for p in NOTEBOOKS if p.stem.startswith("run_")]
@@ -133,22 +136,13 @@ def test_notebooks_name_no_folder_of_somebodys_machine(path):
     assert not re.search(r"/(home|root|work|Users|tmp/venv)/", path.read_text())
 
 
-def test_front_page_and_readme_tell_the_same():
-    cells = json.loads((ROOT / "nbs/index.ipynb").read_text())["cells"]
-    texts = ["".join(c["source"]) for c in cells]
-    page = [t if c["cell_type"] == "markdown" else f"```python\n{t}\n```" for c, t in zip(cells, texts, strict=True)]
-    readme = (ROOT / "README.md").read_text().replace("](nbs/", "](").replace("](reports/", "](../reports/")
-    assert re.split(r"\s*\n\s*", "\n".join(page).strip()) == re.split(r"\s*\n\s*", readme.strip())
+def test_readme_and_front_page_say_what_the_executed_pages_say():
+    notebook = front_page.filled()
+    assert notebook == json.loads(front_page.INDEX.read_text()), "run python tools/front_page.py"
+    assert front_page.readme(notebook) == front_page.README.read_text(), "run python tools/front_page.py"
+    assert len(front_page.README.read_text().splitlines()) < 180
 
 
 def test_readme_links_lead_somewhere():
     for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
         assert (ROOT / link).exists(), link
-
-
-def test_the_numbers_of_the_decision_guide_are_those_of_the_page():
-    section = (ROOT / "README.md").read_text().split("## I have a teacher and no data")[1].split("\n## ")[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")]
-    cells = json.loads((ROOT / "reports/paper_datafree.ipynb").read_text())["cells"]
-    shown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for c in cells for o in c.get("outputs", []))
-    assert len(rows) > 5 and all(row in shown for row in rows)

@@ -1,0 +1,54 @@
+"""The front page: fills the tables of nbs/index.ipynb from the executed pages in reports/, and writes README.md from it.
+
+    python tools/front_page.py
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+INDEX, README = ROOT / "nbs/index.ipynb", ROOT / "README.md"
+TABLES = {  # the id of a cell: the page whose output it is, and how that begins
+    "guide": ("paper_datafree", "| you have"),
+    "others": ("paper_datafree", "| teacher |"),
+    "claims": ("paper_claims", "| | claim | paper | ours, by setting"),
+}
+
+
+def moved(text: str, old: str, new: str) -> str:
+    "Markdown whose relative links were written in the folder `old`, for one in `new`."
+    to = lambda link: os.path.relpath(os.path.join(old, link), new)
+    return re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({to(m[1])})", text)
+
+
+def table(page: str, beginning: str) -> str:
+    "A table that an executed page shows."
+    cells = json.loads((ROOT / f"reports/{page}.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    texts = ["".join(output.get("data", {}).get("text/markdown", "")) for output in outputs]
+    (found,) = {part for text in texts for part in text.split("\n\n") if part.startswith(beginning)}
+    return moved(found.strip(), "reports", "nbs")
+
+
+def filled() -> dict:
+    "The notebook of the front page, its tables those of the pages."
+    notebook = json.loads(INDEX.read_text())
+    for cell in notebook["cells"]:
+        if cell["id"] in TABLES:
+            cell["source"] = table(*TABLES[cell["id"]]).splitlines(keepends=True)
+    return notebook
+
+
+def readme(notebook: dict) -> str:
+    "The text of README.md."
+    texts = [("".join(cell["source"]), cell["cell_type"]) for cell in notebook["cells"]]
+    shown = [moved(t, "nbs", ".") if kind == "markdown" else f"```python\n{t}\n```" for t, kind in texts]
+    return "\n\n".join(shown).strip() + "\n"
+
+
+if __name__ == "__main__":
+    notebook = filled()
+    INDEX.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    README.write_text(readme(notebook))
