@@ -312,7 +312,7 @@ def paired_table(
 # %% ../nbs/11_records.ipynb #cell-26
 METHOD_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "oracle", "full")
 METHOD_COLOURS = dict(
-    zip(METHOD_ORDER, ("#999999", "#E69F00", "#56B4E9", "#009E73", "#08306B", "#D55E00", "#CC79A7"), strict=True)
+    zip(METHOD_ORDER, ("#999999", "#E69F00", "#56B4E9", "#CC3311", "#08306B", "#DDCC77", "#661100"), strict=True)
 )
 METHOD_MARKERS = dict(zip(METHOD_ORDER, "sDvoPX^", strict=True))
 PAPER_LABELS = {  # of Paper A's tables

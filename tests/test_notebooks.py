@@ -7,9 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from configparser import ConfigParser
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import condexp
 import pytest
 from conftest import ROOT
 from papermill import inspect_notebook
@@ -141,6 +144,18 @@ def test_readme_and_front_page_say_what_the_executed_pages_say():
     assert notebook == json.loads(front_page.INDEX.read_text()), "run python tools/front_page.py"
     assert front_page.readme(notebook) == front_page.README.read_text(), "run python tools/front_page.py"
     assert len(front_page.README.read_text().splitlines()) < 180
+
+
+def test_the_files_of_settings_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    settings = ConfigParser()
+    settings.read(ROOT / "settings.ini")
+    nbdev, conda = settings["DEFAULT"], (ROOT / "environment.yml").read_text()
+    python = nbdev["min_python"]
+    assert project["requires-python"] == f">={python}" and f"- python>={python}" in conda and "- -e .[dev]" in conda
+    assert (project["name"], project["description"]) == (nbdev["lib_name"], nbdev["description"])
+    assert nbdev["version"] == condexp.__version__ and "dev" in project["optional-dependencies"]
+    assert project["license"].lower().startswith("apache") and nbdev["license"].startswith("apache")
 
 
 def test_readme_links_lead_somewhere():
