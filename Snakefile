@@ -11,6 +11,7 @@ missing. What was run before is in the cache (`CONDEXP_CACHE`); what was killed 
 stop the others; the end of its log is shown, and the whole of it is in `runs/`.
 """
 
+import json
 import tarfile
 
 from pathlib import Path
@@ -240,7 +241,7 @@ for seed in range(SCALE["seeds"]):
 
 TABLES = ["first_run", "a_main", "a_ipc", "a_condensation", "a_discriminator", "a_few_shot", "a_cost"]
 TABLES += ["b_main", "b_entropy", "b_ablation", "b_attack", "b_patience", "b_cost"]
-FROM_RECORDS = [*TABLES, "datafree", "d_predict"]  # pages that read nothing but records
+FROM_RECORDS = [*TABLES, "datafree", "d_predict", "claims"]  # pages that read nothing but records
 SMOKE = {  # every run notebook, tiny
     "run_teacher": "-p epochs 2 -p output runs/smoke/teacher.safetensors",
     "run_condense": "-p condenser herding -p ipc 2 -p epochs 2 -p steps 5",
@@ -271,7 +272,7 @@ NEEDS = dict(gpu=int(NAME == "gpu"), mem_mb=8000, runtime=600)  # of a run: card
 
 
 TINY = [f"runs/smoke/{name}.ipynb" for name in [*SMOKE, *(f"paper_{page}" for page in FROM_RECORDS)]]
-DRAWN = [f"reports/paper_{page}.ipynb" for page in [*TABLES, "a_images", "b_features"]]
+DRAWN = [f"reports/paper_{page}.ipynb" for page in [*TABLES, "claims", "a_images", "b_features"]]
 
 
 rule all:
@@ -282,6 +283,37 @@ rule all:
 rule trial:
     input:
         [f"reports/records/{name}.json" for name in RUNS if "trial-" in name or "-ratio" in name],
+
+
+def seconds_of(name):
+    "How long a run took, by its record; None if there is none."
+    path = Path(f"reports/records/{name}.json")
+    if not path.exists():
+        return None
+    seconds = json.loads(path.read_text())["seconds"]
+    return max(seconds.get("whole run", 0), sum(value for stage, value in seconds.items() if stage != "whole run"))
+
+
+rule plan:  # what is there, what is missing, and how long it will take
+    output:
+        "reports/plan.md",
+    run:
+        groups = {}
+        for name in RUNS:
+            groups.setdefault(name.split("-seed")[0].split("-ratio")[0], []).append(name)
+        known = {name: seconds_of(name) for name in RUNS}
+        typical = lambda names: [known[name] for name in names if known[name] is not None]
+        lines = ["# What is run, and how long it takes", "", f"`snakemake plan`, scale {NAME}. Hours of one core, by the records;", "for a run that is missing the mean of its like, or of its notebook's runs.", ""]
+        lines += ["| runs | notebook | there | missing | hours so far | hours to come |", "| --- | --- | --- | --- | --- | --- |"]
+        total = [0, 0]
+        for group, names in groups.items():
+            alike = typical(names) or typical([n for n in RUNS if RUNS[n][0] == RUNS[names[0]][0]])
+            missing = [n for n in names if known[n] is None]
+            took, left = sum(typical(names)) / 3600, len(missing) * sum(alike) / max(1, len(alike)) / 3600
+            total = [total[0] + took, total[1] + left]
+            lines += [f"| {group} | {RUNS[names[0]][0]} | {len(names) - len(missing)} | {len(missing)} | {took:.2f} | {left:.2f} |"]
+        lines += [f"| all | | | | {total[0]:.1f} | {total[1]:.1f} |"]
+        Path(output[0]).write_text("\n".join(lines) + "\n")
 
 
 rule tiny:  # a run notebook, once
