@@ -172,7 +172,9 @@ class Distillation:
     adversarial_after: int = 2  # epochs before the inversion's adversarial term reads the student
     alignment: str = "conditional"  # a name in ALIGNMENTS
     alignment_weight: float | None = None  # in the generator's loss; None: the alignment's own
-    alignment_ratio: float | None = None  # of its gradient at the images to the inversion's own; None: by weight
+    alignment_ratio: float | None = (
+        None  # of its gradient at the images to the inversion's own; None: by weight
+    )
     layer: str = "penultimate"  # where features are aligned; else the name of a module of the teacher
     labels: str = "soft"  # the teacher's softened answers; "hard": its choice, by cross-entropy
     augmentation: str = "normal"  # a name in AUGMENTATIONS
@@ -210,7 +212,7 @@ def batch_statistics(
     model: torch.nn.Module,
     on: bool = True,  # False: nothing changes
 ) -> Iterator[None]:
-    "BatchNorm layers use each batch's own statistics while the block runs; what they remember stays as it is."
+    "BatchNorm layers use each batch's own statistics while the block runs; they remember nothing of it."
     layers = batchnorm_layers(model) if on else []
     remembered = [(m.running_mean, m.running_var) for m in layers]
     try:

@@ -1,6 +1,7 @@
 """The cache: what has a name of its own, one process at a time, damage and kills that nobody believes."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -276,6 +277,17 @@ def test_a_function_that_reads_variables_around_it_is_refused():
     factor = 3
     with pytest.raises(ValueError, match="functools.partial"):
         config_hash({"it": lambda x: factor * x})
+
+
+def test_a_variable_of_the_same_name_elsewhere_does_not_change_a_function_s_name(tmp_path, monkeypatch):
+    "As in a notebook, where a loop's variable may be called like an argument of a function around another."
+    code = "name = 'first'\ndef outer(name):\n    def inner(): return name\n    return inner\ndef reads(): return name\n"
+    (tmp_path / "like_a_notebook.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("like_a_notebook")
+    names = lambda: [cache.source_hash(function) for function in (module.outer("x"), module.reads)]
+    (inner, reads), module.name = names(), "second"
+    assert names()[0] == inner and names()[1] != reads
 
 
 def test_saving_takes_no_more_than_its_share(tmp_path, monkeypatch):
