@@ -1,6 +1,8 @@
 """What several tests share: a cache of their own, a small teacher of digits, tiny sets of photographs, papermill."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -9,6 +11,13 @@ from pathlib import Path
 THREADS = "1"  # a thread a process: what runs side by side does not fight for cores, and sums come out the same
 os.environ["CONDEXP_CACHE"] = tempfile.mkdtemp(prefix="condexp-tests-")
 os.environ |= {"OMP_NUM_THREADS": THREADS, "MKL_NUM_THREADS": THREADS, "MPLBACKEND": "agg"}
+
+if sys.dont_write_bytecode and "PYTHONPYCACHEPREFIX" not in os.environ:  # some machines keep no compiled modules,
+    modules = tempfile.mkdtemp(prefix="condexp-modules-")  # and each process would compile torch for itself
+    atexit.register(shutil.rmtree, modules, ignore_errors=True)
+    sys.dont_write_bytecode, sys.pycache_prefix = False, modules
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["PYTHONPYCACHEPREFIX"] = modules
 
 import numpy as np
 import pytest

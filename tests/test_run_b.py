@@ -27,8 +27,8 @@ def record(folder):
     return json.loads(path.read_text())
 
 
-def test_a_bad_set_is_made_good_at_the_boundary(papermill, teacher_file):
-    out = papermill("run_boundary", **SMALL | {"epochs": 8}, surrogate="single_image", images=40, teacher=teacher_file)
+def test_a_bad_set_is_made_good_at_the_boundary(papermill, small_teacher):
+    out = papermill("run_boundary", **SMALL, surrogate="single_image", images=40, teacher=small_teacher[0])
     assert out.returncode == 0, out.stdout
     r = record(papermill.folder)
     before, after = r["accuracy"]["single_image"], r["accuracy"]["single_image, attacked"]
@@ -43,8 +43,8 @@ def test_a_bad_set_is_made_good_at_the_boundary(papermill, teacher_file):
     assert str(papermill.folder.parent) not in json.dumps(r)
 
 
-def test_a_set_is_made_judged_and_learned_from(papermill, teacher_file):
-    out = papermill("run_surrogate", **SMALL, surrogate="original", images=600, teacher=teacher_file)
+def test_a_set_is_made_judged_and_learned_from(papermill, small_teacher):
+    out = papermill("run_surrogate", **SMALL, surrogate="original", images=600, teacher=small_teacher[0])
     assert out.returncode == 0, out.stdout
     r = record(papermill.folder)
     assert r["accuracy"]["original"] > 60 and r["quality"]["original"]["normalised entropy"] > 0.99
@@ -78,7 +78,7 @@ def test_without_data_the_methods_that_need_none_run(papermill, small_teacher, t
 
 
 def test_a_student_is_made_from_a_teacher_and_nothing_else(papermill, small_teacher, fabric):
-    asked = {"sources": "fast,noise", "images": 300, "minutes": 0.3, "proxy_steps": 80, "student": "wrn_10_1", "dataset": "digits"}
+    asked = {"sources": "fast,noise", "images": 300, "minutes": 0.15, "proxy_steps": 40, "student": "wrn_10_1", "dataset": "digits"}
     out = papermill("run_datafree", **asked, teacher=small_teacher[0], precision="32")
     assert out.returncode == 0, out.stdout
     r, made = record(papermill.folder), papermill.folder / "made"

@@ -11,7 +11,8 @@ from condexp.data import ImageSet
 from condexp.models import load_classifier
 from condexp.training import accuracy
 
-TINY = {"dataset": "digits", "student": "wrn_10_1", "ipc": 1, "condenser": "random", "epochs": 4, "steps": 3, "batch_size": 32}
+TINY = {"dataset": "digits", "student": "wrn_10_1", "ipc": 1, "condenser": "random", "epochs": 4, "steps": 3}
+TINY |= {"batch_size": 32, "inversion_steps": 3}
 
 
 def record(folder):
@@ -118,7 +119,14 @@ def test_a_folder_of_photographs_gets_a_teacher_a_condensed_set_and_a_student(fo
     out = papermill("run_condense", **common, condenser="herding", ipc=2, output=few, labels="soft", teacher=weights)
     assert out.returncode == 0 and ImageSet.load(few).labels.shape == (4, 2), out.stdout
     out = papermill(
-        "run_kd", **common, teacher=weights, student="wrn_10_1", condenser=few, ipc=2, arms="condensed,expanded"
+        "run_kd",
+        **common,
+        teacher=weights,
+        student="wrn_10_1",
+        condenser=few,
+        ipc=2,
+        arms="condensed,expanded",
+        inversion_steps=3,
     )
     assert out.returncode == 0, out.stdout
     assert record(tmp_path)["accuracy"].keys() == {"condensed", "expanded"}
