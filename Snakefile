@@ -161,7 +161,7 @@ BENCHES = {
         ),
         "hundred": dict(
             data=HUNDRED, teacher="wrn_16_2", student="wrn_10_1", size=16,
-            scale="-p precision bf16 -p epochs 40 -p steps 100 -p batch_size 64 -p images 10000", alignment="",
+            scale="-p precision bf16 -p epochs 40 -p steps 100 -p batch_size 64 -p images 10000", alignment="-p alignment_ratio 0.3",
         ),
     },
     "gpu": {
