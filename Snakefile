@@ -13,7 +13,6 @@ stop the others; the end of its log is shown, and the whole of it is in `runs/`.
 
 import json
 import tarfile
-
 from pathlib import Path
 
 SCALES = {
@@ -50,7 +49,8 @@ SCALES = {
     ),
 }
 NAME = config.get("scale", "cpu")
-SCALE, DATA, OTHER = SCALES[NAME if NAME != "smoke" else "cpu"], config.get("data", "cifar10"), config.get("other", "cifar100")
+SIZE = "gpu" if NAME == "gpu" else "cpu"  # the smoke profile has runs of its own
+SCALE, DATA, OTHER = SCALES[SIZE], config.get("data", "cifar10"), config.get("other", "cifar100")
 PREFIX = "" if NAME == "cpu" else f"{NAME}-"
 RUNS = {}  # the record's name: notebook, parameters
 
@@ -161,7 +161,7 @@ BENCHES = {
         ),
         "hundred": dict(
             data=HUNDRED, teacher="wrn_16_2", student="wrn_10_1", size=16,
-            scale="-p precision bf16 -p epochs 40 -p steps 100 -p batch_size 64 -p images 10000", alignment="-p alignment_ratio 0.3",
+            scale="-p precision bf16 -p epochs 40 -p steps 100 -p batch_size 64 -p images 8000", alignment="-p alignment_ratio 0.3",
         ),
     },
     "gpu": {
@@ -174,7 +174,7 @@ BENCHES = {
             scale="-p epochs 200 -p steps 200 -p batch_size 256 -p images 200000", alignment="",
         ),
     },
-}[NAME if NAME != "smoke" else "cpu"]  # fmt: skip
+}[SIZE]  # fmt: skip
 ARMS = "inversion,mixed,expanded,oracle,full"
 RATIOS = (0.1, 0.3, 1)  # of the alignment's gradient at the images to the inversion's
 
@@ -257,15 +257,12 @@ SMOKE = {  # every run notebook, tiny
 }
 
 CARDS = int(config.get("cards", 1))  # GPUs of this machine; each run takes the first that is free
-shell.prefix(
-    "set -o pipefail; mkdir -p runs/smoke; export MESA_SHADER_CACHE_DISABLE=true; "  # or a program rendered once compiles for nothing
-    + (
-        "card() {{ for g in $(seq 0 " + str(CARDS - 1) + "); do exec 9> runs/card$g.lock; "
-        "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$g; return; fi; done; }}; card; ".replace("{{", "{").replace("}}", "}")
-        if CARDS > 1
-        else ""
-    )
+FREE = (  # a lock for each card, held as long as the run lasts
+    f"for g in $(seq 0 {CARDS - 1}); do exec 9> runs/card$g.lock; "
+    "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$g; break; fi; done; "
 )
+START = "set -o pipefail; mkdir -p runs/smoke; export MESA_SHADER_CACHE_DISABLE=true; "  # a program rendered once would compile for nothing
+shell.prefix(START + (FREE if CARDS > 1 else ""))
 PAPERMILL = "papermill --no-progress-bar"
 LOGGED = " > {log} 2>&1 || {{ echo '{rule} {wildcards} failed, {log} ends with:'; tail -n 3 {log}; exit 1; }}"
 NEEDS = dict(gpu=int(NAME == "gpu"), mem_mb=8000, runtime=600)  # of a run: cards, MB, minutes
@@ -318,7 +315,7 @@ rule plan:  # what is there, what is missing, and how long it will take
 
 rule tiny:  # a run notebook, once
     input:
-        lambda w: "runs/smoke/run_teacher.ipynb" if "teacher.safetensors" in SMOKE[w.notebook] and w.notebook != "run_teacher" else [],
+        lambda w: "runs/smoke/run_teacher.ipynb" if w.notebook in ("run_import", "run_datafree") else [],
     output:
         "runs/smoke/{notebook,run_.*}.ipynb",
     log:
@@ -437,8 +434,8 @@ rule pool:  # quick where the run of that name is in the cache
 
 
 rule record:
-    input:  # a record that is there needs nothing more
-        lambda w: [] if Path(f"reports/records/{w.name}.json").exists() else made_before(RUNS[w.name][1]),
+    input:
+        lambda w: made_before(RUNS[w.name][1]),
     output:
         "reports/records/{name}.json",
     log:

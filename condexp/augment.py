@@ -265,7 +265,11 @@ def rand_augment_operations(
         lambda x, sign: TF.adjust_contrast(x, 1 + sign * factor),
         lambda x, sign: TF.adjust_sharpness(x, 1 + sign * factor),
     ]
-    plain = [lambda x: x, lambda x: TF.posterize(x, 8 - round(4 * level)), lambda x: TF.solarize(x, 1 - level)]
+    plain = [
+        lambda x: x,
+        lambda x: TF.posterize(x, 8 - round(4 * level)),
+        lambda x: TF.solarize(x, 1 - level),
+    ]
     plain += [autocontrast, TF.equalize]
     return [partial(f, sign=sign) for f in signed for sign in (1, -1)] + [f for f in plain for _ in range(2)]
 

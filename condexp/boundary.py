@@ -56,7 +56,9 @@ class AttackSettings:
         "Of a step, root mean square 1, from that of the gradient."
         return slope
 
-    def project(self, x: Float[Tensor, "n c h w"], start: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    def project(
+        self, x: Float[Tensor, "n c h w"], start: Float[Tensor, "n c h w"]
+    ) -> Float[Tensor, "n c h w"]:
         "`x` cut to where an attack that began at `start` may be."
         return x.clamp(self.low, self.high)
 
@@ -377,7 +379,11 @@ def made_by(
     labels, crossed = predict(teacher, made, fabric)[1].argmax(1), int(state.crossed.sum())
     aimed = torch.bincount(goals.flatten().cpu(), minlength=len(state.crossed))
     about = dict(attempts=aimed.tolist(), crossed=state.crossed.tolist())
-    about |= dict(iterations=state.iterations / crossed, repeats=len(brought) - len(made), seconds=round(state.seconds, 1))
+    about |= dict(
+        iterations=state.iterations / crossed,
+        repeats=len(brought) - len(made),
+        seconds=round(state.seconds, 1),
+    )
     return replace(made, labels=labels, provenance=about)
 
 

@@ -158,7 +158,8 @@ def _collect(thing: Callable, found: dict) -> None:
     inside = [n for node in nodes for n in ast.walk(node)]
     local = {n.arg for n in inside if isinstance(n, ast.arg)}
     local |= {n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    local |= set(thing.__code__.co_freevars) if inspect.isfunction(thing) else set()  # of a function around it
+    if inspect.isfunction(thing):
+        local |= set(thing.__code__.co_freevars)  # variables of a function around it
     around = vars(sys.modules[thing.__module__])
     for name in {n.id for n in inside if isinstance(n, ast.Name)} & around.keys() - local:
         value = inspect.unwrap(around[name]) if callable(around[name]) else around[name]

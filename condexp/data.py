@@ -594,7 +594,9 @@ def _transfer_images(found: Pictures, left: LeftOut, config: dict) -> ImageSet:
         classes = class_names(assigned)
         order = [i for i in sorted(range(len(paths)), key=paths.__getitem__) if assigned.places[i][0]]
         labels = torch.tensor([classes.index(assigned.places[i][1]) for i in order])
-        return ImageSet(found.images[order], labels, tuple(classes), *channel_statistics(found.images), config)
+        return ImageSet(
+            found.images[order], labels, tuple(classes), *channel_statistics(found.images), config
+        )
     order = [i for i in sorted(range(len(tested)), key=found.paths.__getitem__) if not tested[i]]
     images, labels = found.images[order], torch.zeros(len(order), dtype=torch.long)
     return ImageSet(images, labels, ("image",), *channel_statistics(images), config)

@@ -225,7 +225,7 @@ class Verdict(NamedTuple):
     "What a discriminator says of samples."
 
     real: Float[Tensor, "n"]  # logits, positive for real
-    classes: Float[Tensor, "n 2 k"] | None = None  # class logits of a real and of a fake sample, if it judges them
+    classes: Float[Tensor, "n 2 k"] | None = None  # class logits, as a real and as a fake sample; if judged
 
     def class_loss(
         self,
@@ -450,7 +450,7 @@ class Alignment(Curves):
 
     @property
     def ratio(self) -> float | Float[Tensor, ""] | None:
-        "How long the gradient shall be at the images, that of other terms being 1; None: as the weight has it."
+        "Length of the gradient at the images, that of other terms being 1; None: as the weight has it."
         return None if self.settings.ratio is None else self.settings.ratio * self.gate
 
     @contextmanager
@@ -460,7 +460,7 @@ class Alignment(Curves):
             yield
 
     def loss(self, features: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
-        "What the generator minimises for the teacher's features of its images, weighted if there is no ratio."
+        "What the generator minimises for the features of its images, weighted if there is no ratio."
         weight = 1.0 if self.settings.ratio else self.settings.weight * self.gate
         with self._apart():
             return weight * self._loss(self.bank.standardise(features), targets)

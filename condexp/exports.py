@@ -245,7 +245,9 @@ def choose_student(teacher: Classifier) -> tuple[str, str]:  # its name, and why
     chosen = fits[-1] if fits else networks[0]
     shares = [f"{chosen[c]:,} {word} ({100 * chosen[c] / own[c]:.1f} %)" for c, word in COUNTS.items()]
     which = "the largest of {} networks that is at most a quarter of the teacher in both"
-    which = which if fits else "the smallest of {} networks, as none is at most a quarter of the teacher in both"
+    which = (
+        which if fits else "the smallest of {} networks, as none is at most a quarter of the teacher in both"
+    )
     why = f"{' and '.join(shares)}: {which.format(len(networks))}"
     return chosen["name"], f"The student is {chosen['name']}, with {why}."
 
@@ -344,7 +346,8 @@ def _input(student: dict[str, Any]) -> str:
 
 LIMITS = (
     "Agreement is not accuracy: where the teacher is wrong, a student that agrees with it is wrong as well.",
-    "Agreement was measured on the probe. On real images it may be far lower: it compares students of one teacher.",
+    "Agreement was measured on the probe. On real images it may be far lower. "
+        "It compares students of one teacher.",
     "The student has no answer for an image that belongs to none of its classes: it names one all the same.",
     "Times are of the machine on which the student was made.",
 )

@@ -497,7 +497,9 @@ def set_members(path: Path) -> Iterator[Member]:
 
 def find_text(path: Path, names: Collection[str]) -> str:
     "The text of the first file of one of these names; empty if there is none."
-    found = (_read(member, MAX_FILE) for member in set_members(path) if member.file and member.parts[-1] in names)
+    found = (
+        _read(member, MAX_FILE) for member in set_members(path) if member.file and member.parts[-1] in names
+    )
     return next(found, b"").decode("utf-8", "replace")
 
 # %% ../nbs/00_files.ipynb #cell-49

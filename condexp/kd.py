@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'BATCHES', 'AT_LEAST', 'GROWTH', 'INVERSION', 'TWO_TERMS', 'ALIGNMENT',
-           'kd_loss', 'as_bytes', 'SyntheticSet', 'Method', 'Distillation', 'batch_statistics', 'check_batchnorm',
-           'shuffled', 'student_accuracy', 'estimate_statistics', 'student_loss', 'student_step', 'StudentTraining',
-           'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages', 'make_synthesis', 'Distiller', 'measure_of',
-           'timed_epoch', 'pool_quality', 'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method',
-           'distil']
+           'kd_loss', 'as_bytes', 'SyntheticSet', 'Method', 'check_values', 'Distillation', 'batch_statistics',
+           'check_batchnorm', 'shuffled', 'student_accuracy', 'estimate_statistics', 'student_loss', 'student_step',
+           'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages', 'make_synthesis',
+           'Distiller', 'measure_of', 'timed_epoch', 'pool_quality', 'MethodResult', 'run_method', 'student_path',
+           'save_method', 'load_method', 'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
 import math
@@ -148,6 +148,18 @@ INVERSION = ("inversion", "term_weights", "inversion_steps", "warmup", "adversar
 TWO_TERMS = ("batches", "condensed_weight")  # what they read besides if they have a transfer set too
 ALIGNMENT = ("alignment", "alignment_weight", "alignment_ratio", "layer")  # if these are aligned
 
+
+def check_values(settings: dict) -> None:
+    "Refuse settings of a `Distillation` that make no sense each by itself."
+    for name, least in AT_LEAST.items():
+        check_int(name, settings[name], least)
+    for name in ("temperature", "condensed_weight"):
+        if not 0 < settings[name] < math.inf:
+            invalid(name, settings[name], "it must be a positive number")
+    known = dict(direction=DIRECTIONS, batches=BATCHES, labels=LABELS, augmentation=AUGMENTATIONS)
+    for name, allowed in known.items():
+        check_choice(name, settings[name], allowed)
+
 # %% ../nbs/07_kd.ipynb #cell-0fec1d
 @dataclass(frozen=True)
 class Distillation:
@@ -172,9 +184,7 @@ class Distillation:
     adversarial_after: int = 2  # epochs before the inversion's adversarial term reads the student
     alignment: str = "conditional"  # a name in ALIGNMENTS
     alignment_weight: float | None = None  # in the generator's loss; None: the alignment's own
-    alignment_ratio: float | None = (
-        None  # of its gradient at the images to the inversion's own; None: by weight
-    )
+    alignment_ratio: float | None = None  # in its place: of its gradient to the inversion's, at the images
     layer: str = "penultimate"  # where features are aligned; else the name of a module of the teacher
     labels: str = "soft"  # the teacher's softened answers; "hard": its choice, by cross-entropy
     augmentation: str = "normal"  # a name in AUGMENTATIONS
@@ -182,14 +192,7 @@ class Distillation:
     batch_statistics: bool = False  # BatchNorm of teacher and student by each batch's own statistics
 
     def __post_init__(self):
-        for name, least in AT_LEAST.items():
-            check_int(name, getattr(self, name), least)
-        for name in ("temperature", "condensed_weight"):
-            if not 0 < getattr(self, name) < math.inf:
-                invalid(name, getattr(self, name), "it must be a positive number")
-        known = dict(direction=DIRECTIONS, batches=BATCHES, labels=LABELS, augmentation=AUGMENTATIONS)
-        for name, allowed in known.items():
-            check_choice(name, getattr(self, name), allowed)
+        check_values(vars(self))
         inversion_recipe(self.inversion, self.term_weights)
         alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
 
@@ -198,8 +201,8 @@ class Distillation:
         unread = () if method.pool else GROWTH
         unread += () if method.pool == "inverted" else INVERSION
         unread += () if method.aligned else ALIGNMENT
-        both = method.pool and method.source
-        unread += () if both and self.batches == "two_terms" else TWO_TERMS
+        mixes = method.pool and method.source and self.batches == "two_terms"
+        unread += () if mixes else TWO_TERMS
         read = {name: value for name, value in asdict(self).items() if name not in unread}
         if method.aligned:
             chosen = alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
@@ -403,9 +406,9 @@ class Synthesis:
 class RealImages:
     "Real images in the place of synthetic ones, as many: what no inversion can be expected to exceed."
 
-    def __init__(self, settings: Distillation, real: ImageSet):
+    def __init__(self, settings: Distillation, real: ImageSet, seed: int):
         self.each, self.real = settings.batches_per_epoch * settings.synthesis_batch, real
-        self.order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+        self.order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
         self.parts, self.notes = {}, []
 
     def warm_up(self, images: SyntheticSet) -> None:
@@ -458,12 +461,10 @@ class Distiller:
         self.images = SyntheticSet(teacher_set(teacher, fabric), transfer, room)
         self.training = StudentTraining(student, teacher, settings, fabric, seed)
         self.parts = dict(self.training.parts)
-        if method.pool == "real":
-            self.synthesis = RealImages(settings, real)
-        elif method.pool:
-            aligned_to = transfer if method.aligned else None
-            self.synthesis = make_synthesis(settings, teacher, student, aligned_to, fabric, seed)
         if method.pool:
+            given = settings, teacher, student, transfer if method.aligned else None, fabric, seed
+            inverts = method.pool == "inverted"
+            self.synthesis = make_synthesis(*given) if inverts else RealImages(settings, real, seed)
             self.parts |= self.synthesis.parts | {"images": self.images}
 
     def synthesize(self, epoch: int) -> dict:
@@ -574,9 +575,8 @@ def run_method(
     distiller.run(splits.test, checkpoint, f"{name:>9}")
     pool, distances, history = None, {}, distiller.history
     if method.pool:
-        made = dict(
-            method=name, inversion=settings.inversion, seed=seed, notes=distiller.synthesis.notes
-        )
+        inversion = settings.inversion if method.pool == "inverted" else ""
+        made = dict(method=name, inversion=inversion, seed=seed, notes=distiller.synthesis.notes)
         pool = distiller.images.as_set(**made)
         if len(splits.train):
             with seeded(seed):

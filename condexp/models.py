@@ -499,7 +499,9 @@ def file_kind(path: Path) -> str:
 INERT = [argparse.Namespace, np.dtype, np.ndarray]
 INERT += [kind for kind in vars(np.dtypes).values() if isinstance(kind, type)]
 _makers = [value.__reduce__()[0] for value in (np.float64(0), np.zeros(0))]
-INERT += [(make, f"numpy.{core}.multiarray.{make.__name__}") for make in _makers for core in ("core", "_core")]
+INERT += [
+    (make, f"numpy.{core}.multiarray.{make.__name__}") for make in _makers for core in ("core", "_core")
+]
 
 
 def load_torch(

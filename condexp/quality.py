@@ -215,7 +215,9 @@ def nearest(
     return torch.cat(distances).cpu(), torch.cat(places).cpu()
 
 
-def nn_distance_ratio(distances: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:  # 0: a copy; 1: none stands out
+def nn_distance_ratio(
+    distances: Float[Tensor, "n k"],  # to the nearest images
+) -> Float[Tensor, " n"]:  # 0: a copy; 1: none stands out
     "The nearest-neighbour distance ratio: to the nearest image, over to the second nearest."
     return distances[:, 0] / distances[:, 1].clamp(min=1e-9)
 

@@ -312,7 +312,11 @@ def paired_table(
 # %% ../nbs/11_records.ipynb #cell-26
 METHOD_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "oracle", "full")
 METHOD_COLOURS = dict(
-    zip(METHOD_ORDER, ("#999999", "#E69F00", "#56B4E9", "#CC3311", "#08306B", "#DDCC77", "#661100"), strict=True)
+    zip(
+        METHOD_ORDER,
+        ("#999999", "#E69F00", "#56B4E9", "#CC3311", "#08306B", "#DDCC77", "#661100"),
+        strict=True,
+    )
 )
 METHOD_MARKERS = dict(zip(METHOD_ORDER, "sDvoPX^", strict=True))
 PAPER_LABELS = {  # of Paper A's tables
@@ -481,14 +485,17 @@ def agreement_in_words(record: dict) -> str:
     return (
         "There is no data of the task. Student and teacher agree on this share of "
         f"{n:,} {probe} (95 % interval): {students}. "
-        "No student has seen these images. The number compares students of one teacher. It is no accuracy: the "
+        "No student has seen these images. The number compares students of one teacher. It is no "
+        "accuracy: the "
         "teacher is sure of inverted images, and on real ones a student may agree with it far less often."
     )
 
 
 BATCH_STATISTICS = (
-    "BatchNorm used the statistics of each batch, in the test of the student too. A student that sees one image at "
-    "a time first needs `condexp.kd.estimate_statistics(student, images, fabric)` with images like those it will see."
+    "BatchNorm used the statistics of each batch, in the test of the student too. A student that sees "
+    "one image at "
+    "a time first needs `condexp.kd.estimate_statistics(student, images, fabric)` with images like those "
+    "it will see."
 )
 
 

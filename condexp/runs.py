@@ -65,7 +65,7 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
 
 
 def check_networks(run: Run, images: ImageSet, spec: ModelSpec | None) -> None:
-    "Refuse architectures that do not take such images, and what the teacher does not have: a layer, BatchNorm."
+    "Refuse networks that do not take such images, and what the teacher does not have: a layer, BatchNorm."
     for name in ("model", "teacher", "student"):
         if (model := getattr(run, name, "")) and not model.endswith(".safetensors"):
             check_model(name, model, images.channels, images.size)
@@ -83,7 +83,9 @@ def read_teacher(path: str, device: torch.device | str = "cpu") -> tuple[Classif
         return load_classifier(path, device)
     except ValueError as error:
         problem = str(error)
-    invalid("teacher", Path(path).name, f"it must be weights that run_teacher or run_import wrote ({problem})")
+    invalid(
+        "teacher", Path(path).name, f"it must be weights that run_teacher or run_import wrote ({problem})"
+    )
 
 # %% ../nbs/13_runs.ipynb #cell-41b
 def as_teacher_takes(splits: Splits, spec: ModelSpec) -> Splits:
@@ -395,7 +397,8 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
     small = len(train) <= 5000
     recipe = INVERSIONS[run.inversion]
     shortened = small and recipe not in PUBLISHED
-    epochs, batch = run.epochs or (16 if small else 20), 64 if small else 100
+    epochs, batch, usual = run.epochs or (16 if small else 20), 64 if small else 100, 1 if small else 2
+    asked = round(run.images / (epochs * batch))  # batches an epoch
     return Distillation(
         epochs=epochs,
         steps=run.steps or (25 if small else 50),
@@ -414,7 +417,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         alignment_weight=run.alignment_weight,
         alignment_ratio=run.alignment_ratio,
         layer=run.layer,
-        batches_per_epoch=max(1, round(run.images / (epochs * batch))) if run.images else 1 if small else 2,
+        batches_per_epoch=max(1, asked) if run.images else usual,
         synthesis_batch=batch,
         warmup=6 if small else min(20, epochs),
         keep_warmup=run.keep_warmup,

@@ -32,7 +32,7 @@ from .data import ImageSet, Splits
 from .models import Classifier, load_classifier, make_classifier, save_classifier
 
 # %% ../nbs/03_training.ipynb #cell-05
-logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)  # else it announces bfloat16
+logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)  # no word on bfloat16
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = {
     "auto": None,

@@ -180,8 +180,8 @@ def filtered(
     settings: TransferSettings,
     fabric: Fabric,
     checkpoint: Checkpoint = Checkpoint(),  # noqa: B008 (keeps nothing, holds no state)
-) -> ImageSet:  # on the CPU, labelled by the teacher; provenance: counts, examined, predicted, seconds, teacher
-    "Images spread over the teacher's predicted classes, as far as the budget goes; goes on from the checkpoint."
+) -> ImageSet:  # on the CPU, labelled by the teacher; provenance: counts, examined, predicted, seconds, ...
+    "Images spread over the teacher's predicted classes, as far as the budget goes; it can be resumed."
     count, spec = settings.count, freeze(teacher).spec
     room = quotas(count, len(spec.classes), settings.sampling, settings.seed)
     start = dict(room=room, missing=count, predicted=torch.zeros_like(room))
@@ -286,7 +286,9 @@ def check_settings(settings: dict) -> None:
 def source_settings(name: str, settings: dict) -> dict:
     "The settings of the source called `name`: those of `settings` that it has, else its defaults."
     parameters = settings_of(SOURCES[check_choice("surrogate", name, SOURCES)])
-    if strange := [p.name for p in parameters if not isinstance(p.default, (bool, int, float, str, NoneType))]:
+    if strange := [
+        p.name for p in parameters if not isinstance(p.default, (bool, int, float, str, NoneType))
+    ]:
         allowed = "each of its settings must have a number, a text or None for a default"
         invalid("surrogate", name, f"{allowed}: {', '.join(strange)}")
     return {p.name: settings.get(p.name, p.default) for p in parameters}
@@ -387,7 +389,7 @@ def inversions_of(images: ImageSet) -> list[str]:
 
 
 def probe_method(used: Collection[str] = ()) -> str:
-    "The inversion method of a probe: the first of `PROBES` that made no image to learn from; one must be left."
+    "The inversion method of a probe: the first of `PROBES` that made no image to learn from."
     if left := [name for name in PROBES if name not in used]:
         return left[0]
     invalid("sources", ", ".join(used), f"one of {', '.join(PROBES)} must be left to make the probe")
@@ -399,7 +401,7 @@ def probe_set(
     used: Collection[str] = (),  # inversion methods that made images to learn from
     count: int = 300,
 ) -> ImageSet:  # labelled by the teacher, evenly over its classes as far as it sees them
-    "Images to compare a student with its teacher on, when there are no others; seed and method are their own."
+    "Images to compare a student with its teacher on; their seed and method are their own."
     method = probe_method(used)
     own = dict(inversion=method) | PROBES[method]
     probe = transfer_set("inversion", teacher, count, PROBE_SEED, fabric, budget=1.2, **own)

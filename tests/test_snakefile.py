@@ -31,8 +31,3 @@ def test_on_a_cluster_each_run_asks_for_a_card_memory_and_time():
     text = planned("slurm", "reports/records/gpu-trial-cifar-ipc10-seed0.json")
     assert text.count("gpu=1") == 2 and text.count("runtime=600") == 2 and text.count("mem_mb=8000") == 2
     assert "rule teacher" in text  # a file that its run needs
-
-
-def test_nothing_that_has_a_record_is_run_again():
-    name = "reports/records/kd-fast-wrn-dm10-seed0.json"
-    assert "Nothing to be done" in planned("cpu", name)
