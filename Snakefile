@@ -165,13 +165,15 @@ BENCHES = {
         ),
     },
     "gpu": {
-        "cifar": dict(
-            data=DATA, teacher="resnet34_cifar", student="mobilenetv2_cifar", size=32,
-            scale="-p epochs 200 -p steps 200 -p batch_size 256 -p images 200000", alignment="",
+        "cifar": dict(  # a million images
+            data=DATA, teacher="wrn_40_2", student="wrn_16_1", size=32,
+            scale="-p epochs 40 -p steps 100 -p batch_size 256 -p images 20000", alignment="",
         ),
-        "hundred": dict(
-            data=HUNDRED, teacher="resnet34_cifar", student="resnet18_cifar", size=32,
-            scale="-p epochs 200 -p steps 200 -p batch_size 256 -p images 200000", alignment="",
+        "hundred": dict(  # Paper A's pair and loss, Fast as published
+            data=HUNDRED, teacher="resnet34_cifar", student="mobilenetv2_cifar", size=32,
+            scale="-p epochs 50 -p steps 100 -p batch_size 128 -p images 20000"
+            " -p inversion fast_published -p keep_warmup True -p temperature 20 -p batches two_terms",
+            alignment="-p alignment_ratio 0.3",  # as on 16 px: what was chosen there should carry over
         ),
     },
 }[SIZE]  # fmt: skip
@@ -200,9 +202,10 @@ for bench in BENCHES if "tar" in OTHER else ["cifar"]:
     for ratio in RATIOS:  # the weight of the alignment is chosen here, on a validation split, by a seed that is not measured
         more = f"-p evaluate validation -p alignments conditional -p alignment_ratio {ratio}"
         RUNS[f"{PREFIX}choose-{bench}-ratio{ratio}"] = ("run_alignment", bench_run(bench, 10, 99, more))
-    for seed in range(5):
-        more = f"-p arms {ARMS} {BENCHES[bench]['alignment']}"
-        RUNS[f"{PREFIX}trial-{bench}-ipc10-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, more))
+    for ipc in (10, 1, 50) if bench == "hundred" and SIZE == "cpu" else (10,):
+        more = f"-p arms {ARMS if ipc == 10 else 'condensed,mixed,expanded'} {BENCHES[bench]['alignment']}"
+        for seed in range(5):
+            RUNS[f"{PREFIX}trial-{bench}-ipc{ipc}-seed{seed}"] = ("run_kd", bench_run(bench, ipc, seed, more))
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
@@ -256,13 +259,13 @@ SMOKE = {  # every run notebook, tiny
     " -p proxy_steps 20 -p student wrn_10_1 -p output runs/smoke/made",
 }
 
-CARDS = int(config.get("cards", 1))  # GPUs of this machine; each run takes the first that is free
-FREE = (  # a lock for each card, held as long as the run lasts
-    f"for g in $(seq 0 {CARDS - 1}); do exec 9> runs/card$g.lock; "
-    "if flock -n 9; then export CUDA_VISIBLE_DEVICES=$g; break; fi; done; "
+CARDS, SHARE = int(config.get("cards", 1)), int(config.get("share", 1))
+FREE = (  # a lock for each place on each card, held as long as the run lasts: a run takes the first that is free
+    f"for g in $(seq 0 {CARDS * SHARE - 1}); do exec 9> runs/place$g.lock; "
+    f"if flock -n 9; then export CUDA_VISIBLE_DEVICES=$((g % {CARDS})); break; fi; done; "
 )
 START = "set -o pipefail; mkdir -p runs/smoke; export MESA_SHADER_CACHE_DISABLE=true; "  # a program rendered once would compile for nothing
-shell.prefix(START + (FREE if CARDS > 1 else ""))
+shell.prefix(START + (FREE if CARDS * SHARE > 1 else ""))
 PAPERMILL = "papermill --no-progress-bar"
 LOGGED = " > {log} 2>&1 || {{ echo '{rule} {wildcards} failed, {log} ends with:'; tail -n 3 {log}; exit 1; }}"
 NEEDS = dict(gpu=int(NAME == "gpu"), mem_mb=8000, runtime=600)  # of a run: cards, MB, minutes
