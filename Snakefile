@@ -171,7 +171,7 @@ BENCHES = {
         ),
         "hundred": dict(  # Paper A's pair and loss, Fast as published
             data=HUNDRED, teacher="resnet34_cifar", student="mobilenetv2_cifar", size=32,
-            scale="-p epochs 50 -p steps 100 -p batch_size 128 -p images 20000"
+            scale="-p epochs 40 -p steps 100 -p batch_size 128 -p images 20000"
             " -p inversion fast_published -p keep_warmup True -p temperature 20 -p batches two_terms",
             alignment="-p alignment_ratio 0.3",  # as on 16 px: what was chosen there should carry over
         ),
