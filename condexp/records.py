@@ -42,7 +42,8 @@ def environment(fabric: Fabric) -> dict:
     cuda = fabric.device.type == "cuda"
     return dict(
         python=platform.python_version(),
-        **{name: version(name) for name in ("condexp", "torch", "torchvision", "timm")},
+        condexp=condexp.__version__,
+        **{name: version(name) for name in ("torch", "torchvision", "timm")},
         device=torch.cuda.get_device_name(fabric.device)
         if cuda
         else f"CPU, threads: {torch.get_num_threads()}",

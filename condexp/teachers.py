@@ -987,7 +987,8 @@ def on_labels(model: Classifier, images: ImageSet, most: int = 2000) -> dict[str
                 f"its {what} is {getattr(images, what)}, the teacher's {own}",
             )
     index = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most]
-    x, y = images.batch(index), images.hard_labels[index]
+    some = images.subset(index.to(images.images.device)).to("cpu")
+    x, y = some.batch(), some.hard_labels
     predicted, n = logits_of(model, x).argmax(1), 500  # as many for each normalisation
     percent = lambda chosen: 100 * float((chosen == y[: len(chosen)]).float().mean())
     order, permuted = best_order(predicted, y, len(spec.classes))
