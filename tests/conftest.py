@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 THREADS = "1"  # a thread a process: what runs side by side does not fight for cores, and sums come out the same
-os.environ["CONDEXP_CACHE"] = tempfile.mkdtemp(prefix="condexp-tests-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache for all processes: what one has made, the others load
+    os.environ["CONDEXP_CACHE"] = tempfile.mkdtemp(prefix="condexp-tests-")
 os.environ |= {"OMP_NUM_THREADS": THREADS, "MKL_NUM_THREADS": THREADS, "MPLBACKEND": "agg"}
 
 if sys.dont_write_bytecode and "PYTHONPYCACHEPREFIX" not in os.environ:  # some machines keep no compiled modules,
