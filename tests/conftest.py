@@ -9,7 +9,8 @@ import tempfile
 from pathlib import Path
 
 THREADS = "1"  # a thread a process: what runs side by side does not fight for cores, and sums come out the same
-os.environ["CONDEXP_CACHE"] = tempfile.mkdtemp(prefix="condexp-tests-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache for all processes: what one has made, the others load
+    os.environ["CONDEXP_CACHE"] = tempfile.mkdtemp(prefix="condexp-tests-")
 os.environ |= {"OMP_NUM_THREADS": THREADS, "MKL_NUM_THREADS": THREADS, "MPLBACKEND": "agg"}
 
 if sys.dont_write_bytecode and "PYTHONPYCACHEPREFIX" not in os.environ:  # some machines keep no compiled modules,
@@ -23,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from preloaded import run_papermill
 from sklearn.datasets import load_sample_images
 from xdist.scheduler import LoadScopeScheduling
 
@@ -129,24 +131,32 @@ class Killed(Checkpoint):
 
 
 class Papermill:
-    "Runs a notebook by papermill in a process of its own, as a user does."
+    "Runs a notebook by papermill in a process of its own."
 
     def __init__(self, folder: Path, cache: Path | None = None):
         self.folder, self.environment = folder, os.environ | ({"CONDEXP_CACHE": str(cache)} if cache else {})
         self.cache = Path(self.environment["CONDEXP_CACHE"])
 
-    def command(self, notebook: str, **parameters) -> list[str]:
+    def arguments(self, notebook: str, **parameters) -> list[str]:
         asked = [word for name, value in parameters.items() for word in ("-p", name, str(value))]
-        return [sys.executable, "-m", "papermill", str(ROOT / f"nbs/{notebook}.ipynb"), "out.ipynb", *asked]
+        return [str(ROOT / f"nbs/{notebook}.ipynb"), "out.ipynb", *asked]
 
     def start(self, notebook: str, **parameters) -> subprocess.Popen:
+        "Begin a run, by the command that a user gives."
+        command = [sys.executable, "-m", "papermill", *self.arguments(notebook, **parameters)]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(self.command(notebook, **parameters), cwd=self.folder, env=self.environment, **pipes)
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment, **pipes)
 
-    def __call__(self, notebook: str, **parameters) -> subprocess.CompletedProcess:
+    def as_a_user(self, notebook: str, **parameters) -> subprocess.CompletedProcess:
         process = self.start(notebook, **parameters)
         output, _ = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+    def __call__(self, notebook: str, **parameters) -> subprocess.CompletedProcess:
+        "The same, by a Python and a kernel that have loaded torch already."
+        arguments, log = self.arguments(notebook, **parameters), self.folder / "papermill.log"
+        status = run_papermill(arguments, self.folder, self.environment, log, seconds=300)
+        return subprocess.CompletedProcess(arguments, status, log.read_text())
 
 
 @pytest.fixture

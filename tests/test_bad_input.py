@@ -70,6 +70,17 @@ def begin(notebook, **given):
         open_teacher(run, splits, fabric)
 
 
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(own, monkeypatch):
+    "In which no other test writes."
+    monkeypatch.setenv("CONDEXP_CACHE", own)
+
+
 def entries():
     "The cache, less decoded images and locks."
     return {p for p in cache_dir().rglob("*") if p.is_file() and not {"images", "locks"} & set(p.parts)}

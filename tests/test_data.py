@@ -415,10 +415,11 @@ def test_images_of_no_class_are_one_class_and_those_of_a_test_part_are_not_among
     assert len(load_images(str(tmp_path), 16)) == 9
 
 
-def test_nothing_half_made_is_left_in_the_cache(tmp_path):
-    fill(tmp_path, "train/a/*.png")
+def test_nothing_half_made_is_left_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CONDEXP_CACHE", str(tmp_path / "cache"))
+    fill(tmp_path / "own", "train/a/*.png")
     with pytest.raises(ValueError):
-        load_splits(str(tmp_path))
+        load_splits(str(tmp_path / "own"))
     assert not [p for p in (cache_dir() / "images").glob("*") if p.suffix in (".tmp", ".checkpoint")]
 
 

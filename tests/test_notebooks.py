@@ -1,7 +1,6 @@
 """The notebooks are the source: their assertions hold, the modules are what they say, papermill can explain them."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ import condexp
 import pytest
 from conftest import ROOT
 from papermill import inspect_notebook
+from preloaded import FRESH
 
 sys.path.append(str(ROOT / "tools"))
 import front_page
@@ -23,8 +23,6 @@ import front_page
 BIN = Path(sys.executable).parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RUNS = [p for p in NOTEBOOKS if p.stem.startswith("run_")]
-FRESH = multiprocessing.get_context("forkserver")  # a process for each notebook, and one import of torch for all
-FRESH.set_forkserver_preload(["condexp.runs", "condexp.records", "nbdev.test"])
 ROOMS = [p for p in NOTEBOOKS if not p.stem.startswith(("run_", "paper_"))]
 
 

@@ -28,7 +28,7 @@ def files(cache):
 def finished(teacher_file, tmp_path_factory):
     "A run of two arms from beginning to end."
     papermill = Papermill(tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache"))
-    out = papermill("run_kd", **TINY, teacher=teacher_file, arms="mixed,expanded", output="made")
+    out = papermill.as_a_user("run_kd", **TINY, teacher=teacher_file, arms="mixed,expanded", output="made")
     assert out.returncode == 0, out.stdout
     return papermill
 
