@@ -142,12 +142,21 @@ for (inversion, ipc), weights in OTHERS.items():
 for (inversion, ipc), kinds in MEASURED.items():
     for seed in range(8):
         add_alignment(f"alignment-{called(inversion)}-ipc{ipc}", kinds, seed, f"-p ipc {ipc}", inversion)
+WEAKER = [("wrn_16_1", 1), ("wrn_16_1", 2), ("wrn_16_1", 3), ("wrn_16_1", 0), ("wrn_10_1", 0)]  # epochs; 0: the usual
 if NAME == "cpu":
     for layer in ("body.1", "body.2"):  # the outputs of the first two groups of blocks of a WRN-10-2
         for seed in range(8):
             add_alignment(f"layer-{layer}", {0.3: ["conditional"]}, seed, f"-p ipc 10 -p layer {layer}", WITHOUT_BN)
     for seed in range(5):  # the README's main job, on MNIST
         RUNS[f"first-run-seed{seed}"] = ("run_kd", f"-p ipc 10 -p seed {seed}")
+        for model, epochs in WEAKER:  # does a weaker teacher do better where there are few images?
+            given = f"-p teacher runs/mnist-{model}-{epochs}-{seed % 3}.safetensors -p arms random,condensed,full -p seed {seed}"
+            for ipc in (1, 10):
+                RUNS[f"weaker-{model}-{epochs}-ipc{ipc}-seed{seed}"] = ("run_kd", f"{given} -p ipc {ipc}")
+        for labels in ("soft", "hard"):  # do the methods differ as much with hard labels, and with four times the steps?
+            for epochs in (16, 64):
+                given = f"-p labels {labels} -p epochs {epochs} -p images 1600 -p ipc 10 -p seed {seed}"
+                RUNS[f"labels-{labels}-{epochs}-seed{seed}"] = ("run_kd", given)
 
 
 # The trial: enough steps, a teacher and a condensed set of its own for each seed, an oracle beside the methods
@@ -420,6 +429,21 @@ rule teacher:
     shell:
         PAPERMILL + " nbs/run_teacher.ipynb runs/{PREFIX}{wildcards.bench}-teacher{wildcards.seed}.ipynb {params.parameters}"
         " -p output {output} -p record {params.record}" + LOGGED
+
+
+rule mnist_teacher:
+    output:
+        "runs/mnist-{model}-{epochs}-{seed}.safetensors",
+    log:
+        "runs/mnist-{model}-{epochs}-{seed}.log",
+    shell:
+        PAPERMILL + " nbs/run_teacher.ipynb runs/mnist-{wildcards.model}-{wildcards.epochs}-{wildcards.seed}.ipynb -p model {wildcards.model}"
+        " -p epochs {wildcards.epochs} -p seed {wildcards.seed} -p output {output} -p record {output}.json" + LOGGED
+
+
+rule questions:  # which neither paper asks
+    input:
+        [f"reports/records/{name}.json" for name in RUNS if name.startswith(("weaker-", "labels-"))],
 
 
 rule pool:  # quick where the run of that name is in the cache
