@@ -1,0 +1,173 @@
+"""How fast condexp is beside the least that its networks cost and beside the published code, by clones that you name.
+
+    python benchmarks/compare.py --record reports/records/speed.json \
+        --cmi clones/CMI --fast clones/Fast-Datafree --dc clones/DatasetCondensation --mtt clones/mtt-distillation
+
+The clones are github.com/zju-vipa/CMI, zju-vipa/Fast-Datafree, VICO-UoE/DatasetCondensation and
+GeorgeCazenavette/mtt-distillation; those of inversion need kornia (`--also FOLDER`: where it is, if it is not installed). Without a
+clone its columns are left out. All sides take turns, in rounds, in one process, so that what slows the machine down slows all of
+them. `nbs/paper_speed.ipynb` draws the record.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+os.environ["TQDM_DISABLE"] = "1"  # read when the bars are imported
+
+import torch
+from condexp.cache import write_atomic
+from condexp.records import commit_of, environment
+from condexp.training import automatic_precision, make_fabric
+
+import ours
+from common import TINY, Measure, Shapes, seconds, write_pictures
+
+Cases = dict[str, dict[str, Measure]]  # case -> side -> what to call
+
+
+def all_cases(shapes: Shapes, pictures: Path, options: argparse.Namespace) -> Cases:
+    "Everything that is timed."
+    default = automatic_precision(torch.cuda.is_available())
+    cases: Cases = {}
+    for precision in dict.fromkeys(("32", default)):
+        for case, sides in ours.measures(shapes, precision, "fp32" if precision == "32" else precision).items():
+            cases.setdefault(case, {}).update(sides)
+    cases |= ours.without_precision(pictures)
+    device = make_fabric().device
+    official: dict[str, Measure] = {}
+    if options.cmi:
+        from official_datafree import cmi
+
+        official |= cmi(options.cmi, shapes, pictures, device, str(options.also or ""))
+    if options.fast:
+        from official_datafree import fast
+
+        official |= fast(options.fast, shapes, device)
+    if options.dc:
+        from official_dc import dc
+
+        official |= dc(options.dc, shapes)
+    if options.mtt:
+        from official_mtt import mtt
+
+        official |= mtt(options.mtt, shapes)
+    for case, measure in official.items():
+        cases[case]["official"] = measure
+    return cases
+
+
+def timed(cases: Cases, rounds: int, minutes: float) -> dict[str, dict[str, list[float]]]:
+    "By row and side, the seconds of each round after one that warms up; two at least, more if a case has time."
+    found: dict[str, dict[str, list[float]]] = {}
+    for case, sides in cases.items():
+        began, most = time.perf_counter(), 60 * minutes / len(cases)
+        for turn in range(rounds + 1):
+            if turn > 2 and (time.perf_counter() - began) * (turn + 1) / turn > most:
+                break
+            for side, measure in sides.items():
+                for row, value in measure().items():
+                    if turn:
+                        found.setdefault(row, {}).setdefault(side, []).append(value)
+        print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)
+    return found
+
+
+def profiled(cases: Cases, most: int = 6) -> dict[str, list[tuple[str, float]]]:
+    "By case, the operations in which our side's default precision spends most, as shares of the time in all of them."
+    found = {}
+    for case, sides in cases.items():
+        side = [name for name in sides if name.startswith("ours ")]
+        if side:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                sides[side[-1]]()
+            times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+            top = sorted(times.items(), key=lambda item: -item[1])[:most]
+            found[case] = [(name, value / sum(times.values())) for name, value in top]
+    return found
+
+
+def compiled(shapes: Shapes, rounds: int) -> dict[str, dict]:
+    "What `torch.compile` gains for the frozen teacher and for a generator: seconds to compile, and a pass."
+    s = ours.Setting(shapes, "auto")
+    generator = ours.Generator(shapes.size, 3).to(s.device, memory_format=torch.channels_last).train()
+    z = torch.randn(shapes.batch, 256, device=s.device)
+
+    def passes(model: torch.nn.Module, x: torch.Tensor) -> None:
+        x = x.detach().requires_grad_()
+        with s.fabric.autocast():
+            loss = model(x).float().square().mean()
+        loss.backward()
+
+    found = {}
+    for name, model, x in (("frozen teacher", s.teacher, s.x), ("generator", generator, z)):
+        quick = torch.compile(model)
+        passes(model, x)
+        first = seconds(partial(passes, quick, x))
+        passes(quick, x)
+        pairs = [(seconds(partial(passes, model, x)), seconds(partial(passes, quick, x))) for _ in range(rounds)]
+        eager, fast = map(list, zip(*pairs, strict=True))
+        found[name] = {"compiling": first, "eager": eager, "compiled": fast}
+    return found
+
+
+def processor() -> str:
+    "The name of the CPU, as the system tells it."
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+def main() -> None:
+    "Time everything, and write the record."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("cmi", "fast", "dc", "mtt"):
+        parser.add_argument(f"--{name}", type=lambda p: Path(p).resolve(), help="a clone")
+    parser.add_argument("--also", type=lambda p: Path(p).resolve(), help="a folder with packages that clones need")
+    parser.add_argument("--record", type=Path, help="where to write the seconds")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=10.0, help="no further round after its share of these")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", help="cases")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore")
+    if options.also:
+        sys.path.append(str(options.also))
+    shapes = TINY if options.tiny else Shapes()
+    with tempfile.TemporaryDirectory() as folder:
+        cases = all_cases(shapes, write_pictures(Path(folder), shapes), options)
+        cases = {case: sides for case, sides in cases.items() if not options.only or case in options.only}
+        found = timed(cases, options.rounds, options.minutes)
+        profile = profiled(cases)
+    clones = {name: getattr(options, name) for name in ("cmi", "fast", "dc", "mtt") if getattr(options, name)}
+    scripts = dict(cmi="datafree_kd.py", fast="datafree_kd.py", dc="main.py", mtt="distill.py")
+    record = dict(
+        shapes=asdict(shapes),
+        rounds=options.rounds,
+        processor=processor(),
+        official={name: commit_of(path / scripts[name]) for name, path in clones.items()},
+        seconds=found,
+        profile=profile,
+        compile={} if options.no_compile else compiled(shapes, options.rounds),
+        environment=environment(make_fabric()),
+    )
+    text = json.dumps(record, indent=1) + "\n"
+    if options.record:
+        write_atomic(options.record, lambda path: path.write_text(text))
+    for row, sides in found.items():
+        print(f"{row:32}", *(f"{side} {sorted(v)[len(v) // 2]:.3f}" for side, v in sides.items()), sep="  ")
+
+
+if __name__ == "__main__":
+    main()
