@@ -126,6 +126,12 @@ def processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
 
 
+def write(path: Path | None, record: dict) -> None:
+    "The record so far, if there is a place for it: the stages after the timing take minutes."
+    if path:
+        write_atomic(path, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
+
+
 def main() -> None:
     "Time everything, and write the record."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -145,26 +151,21 @@ def main() -> None:
     if options.also:
         sys.path.append(str(options.also))
     shapes = TINY if options.tiny else Shapes()
+    clones = {name: getattr(options, name) for name in ("cmi", "fast", "dc", "mtt") if getattr(options, name)}
+    scripts = dict(cmi="datafree_kd.py", fast="datafree_kd.py", dc="main.py", mtt="distill.py")
+    official = {name: commit_of(path / scripts[name]) for name, path in clones.items()}
+    record = dict(shapes=asdict(shapes), rounds=options.rounds, processor=processor(), official=official)
+    record["environment"] = environment(make_fabric())
     with tempfile.TemporaryDirectory() as folder:
         cases = all_cases(shapes, write_pictures(Path(folder), shapes), options)
         cases = {case: sides for case, sides in cases.items() if not options.only or case in options.only}
-        found = timed(cases, options.rounds, options.minutes)
-        profile = profiled(cases)
-    clones = {name: getattr(options, name) for name in ("cmi", "fast", "dc", "mtt") if getattr(options, name)}
-    scripts = dict(cmi="datafree_kd.py", fast="datafree_kd.py", dc="main.py", mtt="distill.py")
-    record = dict(
-        shapes=asdict(shapes),
-        rounds=options.rounds,
-        processor=processor(),
-        official={name: commit_of(path / scripts[name]) for name, path in clones.items()},
-        seconds=found,
-        profile=profile,
-        compile={} if options.no_compile else compiled(shapes, options.rounds),
-        environment=environment(make_fabric()),
-    )
-    text = json.dumps(record, indent=1) + "\n"
-    if options.record:
-        write_atomic(options.record, lambda path: path.write_text(text))
+        record["seconds"] = found = timed(cases, options.rounds, options.minutes)
+        record |= dict(profile={}, compile={})
+        write(options.record, record)
+        record["profile"] = profiled(cases)
+        write(options.record, record)
+    record["compile"] = {} if options.no_compile else compiled(shapes, options.rounds)
+    write(options.record, record)
     for row, sides in found.items():
         print(f"{row:32}", *(f"{side} {sorted(v)[len(v) // 2]:.3f}" for side, v in sides.items()), sep="  ")
 
