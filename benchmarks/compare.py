@@ -28,6 +28,7 @@ from condexp.cache import write_atomic
 from condexp.records import commit_of, environment
 from condexp.training import automatic_precision, make_fabric
 
+import common
 import ours
 from common import TINY, Measure, Shapes, seconds, write_pictures
 
@@ -65,34 +66,33 @@ def all_cases(shapes: Shapes, pictures: Path, options: argparse.Namespace) -> Ca
     return cases
 
 
-def timed(cases: Cases, rounds: int, minutes: float) -> dict[str, dict[str, list[float]]]:
-    "By row and side, the seconds of each round after one that warms up; two at least, more if a case has time."
-    found: dict[str, dict[str, list[float]]] = {}
-    for case, sides in cases.items():
-        began, most = time.perf_counter(), 60 * minutes / len(cases)
-        for turn in range(rounds + 1):
-            if turn > 2 and (time.perf_counter() - began) * (turn + 1) / turn > most:
-                break
-            for side, measure in sides.items():
-                for row, value in measure().items():
-                    if turn:
-                        found.setdefault(row, {}).setdefault(side, []).append(value)
-        print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)
+LONG = 20.0  # seconds: a round that takes longer needs no other to warm up
+
+
+def timed(sides: dict[str, Measure], rounds: int, most: float) -> dict[str, dict[str, list[float]]]:
+    "By row and side, the seconds of each round: two at least, more as long as `most` seconds are not over."
+    began, turns, warm, found = time.perf_counter(), 0, False, {}
+    while turns < 2 or (turns < rounds and time.perf_counter() - began < most):
+        before, times = common.CLOCK(), [(side, measure()) for side, measure in sides.items()]
+        if warm or common.CLOCK() - before > LONG:
+            turns += 1
+            for side, values in times:
+                for row, value in values.items():
+                    found.setdefault(row, {}).setdefault(side, []).append(value)
+        warm = True
     return found
 
 
-def profiled(cases: Cases, most: int = 6) -> dict[str, list[tuple[str, float]]]:
-    "By case, the operations in which our side's default precision spends most, as shares of the time in all of them."
-    found = {}
-    for case, sides in cases.items():
-        side = [name for name in sides if name.startswith("ours ")]
-        if side:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-                sides[side[-1]]()
-            times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-            top = sorted(times.items(), key=lambda item: -item[1])[:most]
-            found[case] = [(name, value / sum(times.values())) for name, value in top]
-    return found
+def profiled(sides: dict[str, Measure], most: int = 6) -> list[tuple[str, float]]:
+    "The operations in which our side's default precision spends most, as shares of the time in all of them."
+    measure = [measure for name, measure in sides.items() if name.startswith("ours ")]
+    if not measure:
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        measure[-1]()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    top = sorted(times.items(), key=lambda item: -item[1])[:most]
+    return [(name, value / sum(times.values())) for name, value in top]
 
 
 def compiled(shapes: Shapes, rounds: int) -> dict[str, dict]:
@@ -127,7 +127,7 @@ def processor() -> str:
 
 
 def write(path: Path | None, record: dict) -> None:
-    "The record so far, if there is a place for it: the stages after the timing take minutes."
+    "The record so far, if there is a place for it."
     if path:
         write_atomic(path, lambda tmp: tmp.write_text(json.dumps(record, indent=1) + "\n"))
 
@@ -140,13 +140,17 @@ def main() -> None:
     parser.add_argument("--also", type=lambda p: Path(p).resolve(), help="a folder with packages that clones need")
     parser.add_argument("--record", type=Path, help="where to write the seconds")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--minutes", type=float, default=10.0, help="no further round after its share of these")
+    parser.add_argument(
+        "--minutes", type=float, default=10.0, help="after which a case begins no third round, shared among cases"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", help="cases")
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    common.CLOCK = common.cpu_time if options.cpu_time else time.perf_counter
     warnings.filterwarnings("ignore")
     if options.also:
         sys.path.append(str(options.also))
@@ -156,17 +160,19 @@ def main() -> None:
     official = {name: commit_of(path / scripts[name]) for name, path in clones.items()}
     record = dict(shapes=asdict(shapes), rounds=options.rounds, processor=processor(), official=official)
     record["environment"] = environment(make_fabric())
+    record |= dict(clock="CPU" if options.cpu_time else "wall", load=os.getloadavg()[0])
+    record |= dict(seconds={}, profile={}, compile={})
     with tempfile.TemporaryDirectory() as folder:
         cases = all_cases(shapes, write_pictures(Path(folder), shapes), options)
-        cases = {case: sides for case, sides in cases.items() if not options.only or case in options.only}
-        record["seconds"] = found = timed(cases, options.rounds, options.minutes)
-        record |= dict(profile={}, compile={})
-        write(options.record, record)
-        record["profile"] = profiled(cases)
-        write(options.record, record)
+        for case, sides in sorted(cases.items(), key=lambda item: item[0] == "cmi_full"):  # the longest comes last
+            if not options.only or case in options.only:
+                record["seconds"] |= timed(sides, options.rounds, 60 * options.minutes / len(cases))
+                record["profile"][case] = profiled(sides)
+                write(options.record, record)
+                print(f"{case} is timed", flush=True)
     record["compile"] = {} if options.no_compile else compiled(shapes, options.rounds)
     write(options.record, record)
-    for row, sides in found.items():
+    for row, sides in record["seconds"].items():
         print(f"{row:32}", *(f"{side} {sorted(v)[len(v) // 2]:.3f}" for side, v in sides.items()), sep="  ")
 
 
