@@ -30,16 +30,16 @@ class Shapes:
     classes: int = 10
     batch: int = 64  # images a synthesised batch, a student step, an attack (published: 128 to 256)
     cmi_steps: int = 2  # generator steps that are timed (published: 200 a batch)
-    fast_steps: int = 5  # a batch, as published
+    fast_steps: int = 2  # a batch (published: 2, 5 and 10)
     negatives: int = 4096  # of CMI's bank, when it is full enough
     ipc: int = 10  # condensed images per class, in a ConvNet of width 128
-    dm_real: int = 64  # real images of each class (published: 256)
-    dsa_real: int = 64  # likewise (published: 256)
-    dsa_inner: int = 5  # steps of the network after a matching (published: 50)
+    dm_real: int = 32  # real images of each class (published: 256)
+    dsa_real: int = 32  # likewise (published: 256)
+    dsa_inner: int = 2  # steps of the network after a matching (published: 50)
     mtt_syn: int = 50  # synthetic images a step of the student (published: 100, all of them)
-    mtt_steps: int = 5  # of the student (published: 30)
-    student_steps: int = 3  # that are timed together
-    pictures: int = 1000  # of the set that is loaded
+    mtt_steps: int = 3  # of the student (published: 30)
+    student_steps: int = 2  # that are timed together
+    pictures: int = 500  # of the set that is loaded
 
 
 TINY = Shapes("wrn_16_1", "wrn_16_1", 16, batch=4, negatives=64, ipc=10, dm_real=20, dsa_real=4, dsa_inner=1, mtt_syn=4)

@@ -66,7 +66,7 @@ def all_cases(shapes: Shapes, pictures: Path, options: argparse.Namespace) -> Ca
     return cases
 
 
-LONG = 20.0  # seconds: a round that takes longer needs no other to warm up
+LONG = 5.0  # seconds: a round that takes longer needs no other to warm up
 
 
 def timed(sides: dict[str, Measure], rounds: int, most: float) -> dict[str, dict[str, list[float]]]:

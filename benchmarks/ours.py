@@ -13,7 +13,7 @@ from condexp.cache import Checkpoint
 from condexp.condensation import DM, DSA, MTT, CondensationTask, DistributionMatching, GradientMatching
 from condexp.condensation import LearnedImages, Normalisation, TrajectoryMatching, Whitening, embedding_batch
 from condexp.condensation import first_images, optimise, random_network
-from condexp.data import load_splits
+from condexp.data import ImageSet, load_splits
 from condexp.inversion import CMI_PUBLISHED, FAST_PUBLISHED, Contrastive, Inverter, instance_dim
 from condexp.kd import Distillation, StudentTraining, SyntheticSet
 from condexp.models import Generator, freeze, make_classifier
@@ -116,13 +116,19 @@ def distillation_floor(s: Setting) -> Measure:
     return lambda: {"distillation step": seconds(lambda: [step() for _ in range(steps)]) / steps}
 
 
+def no_whitening(images: ImageSet) -> Whitening:
+    "A whitening that changes nothing, for as many operations as any other: to find the right one takes a while."
+    d = images.images[0].numel()
+    return Whitening(torch.ones(d), torch.eye(d), torch.zeros(d)).to(images.images.device)
+
+
 def condensation(s: Setting, row: str) -> Measure:
     "Iterations of a condenser, as its run does them."
     shapes, count = s.shapes, 1
     task = s.task(count)
     if row == "MTT":
         settings = MTT(network="convnet3", batch_syn=shapes.mtt_syn, syn_steps=shapes.mtt_steps)
-        learned = LearnedImages(first_images(task), Whitening.of(s.images), settings.step_size)
+        learned = LearnedImages(first_images(task), no_whitening(s.images), settings.step_size)
         start = parameters_to_vector(random_network("convnet3", s.images, s.fabric).parameters())
         experts = start + 0.01 * torch.randn(2, settings.expert_intervals + 2, len(start), device=s.device)
         matching = TrajectoryMatching(task, learned, settings, experts)
@@ -217,23 +223,23 @@ def attack_floor(s: Setting) -> Measure:
 
 
 def teacher_filter(s: Setting) -> Measure:
-    "256 candidates, spread evenly over the classes that the teacher sees."
-    frames = s.images.images[torch.randperm(len(s.images))[:256]].cpu()
-    settings = transfer.TransferSettings(count=256, budget=1)
-    work = lambda: transfer.filtered(iter(frames.split(128)), s.teacher, settings, s.fabric)
-    return lambda: {"filter, 256 images": seconds(work)}
+    "128 candidates, spread evenly over the classes that the teacher sees."
+    frames = s.images.images[torch.randperm(len(s.images))[:128]].cpu()
+    settings = transfer.TransferSettings(count=128, budget=1)
+    work = lambda: transfer.filtered(iter(frames.split(64)), s.teacher, settings, s.fabric)
+    return lambda: {"filter, 128 images": seconds(work)}
 
 
 def teacher_filter_floor(s: Setting) -> Measure:
     "The teacher's forward pass, 64 images at a time."
-    parts = s.images.batch(torch.arange(256)).contiguous(memory_format=torch.channels_last).split(64)
+    parts = s.images.batch(torch.arange(128)).contiguous(memory_format=torch.channels_last).split(64)
 
     def work() -> None:
         with torch.no_grad(), s.fabric.autocast():
             for part in parts:
                 s.teacher(part)
 
-    return lambda: {"filter, 256 images": seconds(work)}
+    return lambda: {"filter, 128 images": seconds(work)}
 
 
 def loading(pictures: Path) -> dict[str, float]:
