@@ -18,7 +18,6 @@ import tempfile
 import time
 import warnings
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 os.environ["TQDM_DISABLE"] = "1"  # read when the bars are imported
@@ -30,7 +29,7 @@ from condexp.training import automatic_precision, make_fabric
 
 import common
 import ours
-from common import TINY, Measure, Shapes, seconds, write_pictures
+from common import TINY, Measure, Shapes, write_pictures
 
 Cases = dict[str, dict[str, Measure]]  # case -> side -> what to call
 
@@ -95,30 +94,6 @@ def profiled(sides: dict[str, Measure], most: int = 6) -> list[tuple[str, float]
     return [(name, value / sum(times.values())) for name, value in top]
 
 
-def compiled(shapes: Shapes, rounds: int) -> dict[str, dict]:
-    "What `torch.compile` gains for the frozen teacher and for a generator: seconds to compile, and a pass."
-    s = ours.Setting(shapes, "auto")
-    generator = ours.Generator(shapes.size, 3).to(s.device, memory_format=torch.channels_last).train()
-    z = torch.randn(shapes.batch, 256, device=s.device)
-
-    def passes(model: torch.nn.Module, x: torch.Tensor) -> None:
-        x = x.detach().requires_grad_()
-        with s.fabric.autocast():
-            loss = model(x).float().square().mean()
-        loss.backward()
-
-    found = {}
-    for name, model, x in (("frozen teacher", s.teacher, s.x), ("generator", generator, z)):
-        quick = torch.compile(model)
-        passes(model, x)
-        first = seconds(partial(passes, quick, x))
-        passes(quick, x)
-        pairs = [(seconds(partial(passes, model, x)), seconds(partial(passes, quick, x))) for _ in range(rounds)]
-        eager, fast = map(list, zip(*pairs, strict=True))
-        found[name] = {"compiling": first, "eager": eager, "compiled": fast}
-    return found
-
-
 def processor() -> str:
     "The name of the CPU, as the system tells it."
     cpu = Path("/proc/cpuinfo")
@@ -147,7 +122,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="cases")
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds: for a machine that others use")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: whether it runs")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     common.CLOCK = common.cpu_time if options.cpu_time else time.perf_counter
@@ -161,7 +135,7 @@ def main() -> None:
     record = dict(shapes=asdict(shapes), rounds=options.rounds, processor=processor(), official=official)
     record["environment"] = environment(make_fabric())
     record |= dict(clock="CPU" if options.cpu_time else "wall", load=os.getloadavg()[0])
-    record |= dict(seconds={}, profile={}, compile={})
+    record |= dict(seconds={}, profile={})
     with tempfile.TemporaryDirectory() as folder:
         cases = all_cases(shapes, write_pictures(Path(folder), shapes), options)
         for case, sides in sorted(cases.items(), key=lambda item: item[0] == "cmi_full"):  # the longest comes last
@@ -170,8 +144,6 @@ def main() -> None:
                 record["profile"][case] = profiled(sides)
                 write(options.record, record)
                 print(f"{case} is timed", flush=True)
-    record["compile"] = {} if options.no_compile else compiled(shapes, options.rounds)
-    write(options.record, record)
     for row, sides in record["seconds"].items():
         print(f"{row:32}", *(f"{side} {sorted(v)[len(v) // 2]:.3f}" for side, v in sides.items()), sep="  ")
 
