@@ -6,8 +6,8 @@
 __all__ = ['MIXING', 'ALIGNING', 'TOLD', 'MAIN', 'DISC', 'FIRST', 'SETS', 'BN', 'FULL', 'MIX', 'ALIGN', 'CONDITIONAL', 'OTHER',
            'PAPER_A', 'ORIGINAL', 'SHADERS', 'PHOTOGRAPHS', 'LEAVES', 'NOISE', 'FEW', 'TAIL', 'HARD', 'EXTREME',
            'NEITHER', 'ORDER', 'POOR', 'BEFORE', 'ABLATION', 'STEPS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows',
-           'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'helps', 'attack', 'longer', 'points', 'between',
-           'counted', 'opening', 'claims_table', 'short_table', 'plot_claims']
+           'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'helps', 'attack', 'longer', 'counted', 'opening',
+           'claims_table', 'short_table', 'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -20,7 +20,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .records import interval, paired, read_records, verdict
+from .records import interval, interval_text, paired, points, read_records, verdict
 
 # %% ../nbs/17_claims.ipynb #cell-05
 @dataclass(frozen=True)
@@ -181,17 +181,6 @@ PAPER_B = [
 CLAIMS = PAPER_A + PAPER_B
 
 # %% ../nbs/17_claims.ipynb #cell-18
-def points(value: float) -> str:
-    "A difference as it is read."
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # no minus before nought
-
-
-def between(row) -> str:
-    "A difference with its interval, which one seed does not have."
-    several = row.seeds > 1
-    return points(row.difference) + (f" ({points(row.low)} to {points(row.high)})" if several else "")
-
-
 def counted(verdicts: pd.Series) -> str:
     "Verdicts, and how often each, if there are several claims."
     counts = verdicts.value_counts()
@@ -201,17 +190,17 @@ def counted(verdicts: pd.Series) -> str:
 def opening(table: pd.DataFrame, page: str) -> str:
     "The verdicts of a page's claims as Markdown, a line for each claim."
     lines = []
-    for (name, words), part in table.groupby(["claim", "words"], sort=False):
+    for (name, words), part in table.groupby(["claim", "words"], sort=False) if len(table) else ():
         here, others = part[part.page == page], part[part.page != page]
         same = here.paper.nunique() == 1 and here.paper.notna().all()
-        said = "; ".join(f"{r.setting} {between(r)}{'' if same else _paper(r)}" for r in here.itertuples())
+        said = "; ".join(f"{r.setting} {interval_text(r._asdict())}{'' if same else _paper(r)}" for r in here.itertuples())
         told = f" The paper: {here.paper.iloc[0]:+g}." if same else ""
         if len(here) and len(others):
             ends = map(points, (others.difference.min(), others.difference.max()))
             told += f" [Elsewhere](paper_claims.ipynb): {' to '.join(dict.fromkeys(ends))}."
         if len(here):
             lines.append(f"* **{name}, {words}: {counted(here.verdict)}.** Points: {said}.{told}")
-    return "\n".join(lines)
+    return "\n".join(lines) or "There is no record of this page's claims yet."
 
 
 def _paper(r) -> str:
@@ -228,7 +217,7 @@ def _row(r) -> str:
     paper = f"{r.paper:+g}" if r.paper == r.paper else "–"
     room = "–" if r.room == math.inf else f"{r.room:.1f}"
     found = f"**{r.verdict}**" if r.verdict in ("reproduced", "opposite") else r.verdict
-    ours = f"{between(r)}, n = {r.seeds}"
+    ours = f"{interval_text(r._asdict())}, n = {r.seeds}"
     page = f"[{r.page}]({r.page}.ipynb)"
     return f"| {r.claim} | {r.words}: {r.setting} | {paper} | {ours} | {room} | {found} | {page} |"
 
