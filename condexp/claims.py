@@ -195,8 +195,8 @@ def opening(table: pd.DataFrame, page: str) -> str:
     for (name, words), part in table.groupby(["claim", "words"], sort=False) if len(table) else ():
         here, others = part[part.page == page], part[part.page != page]
         same = here.paper.nunique() == 1 and here.paper.notna().all()
-        each = (f"{r.setting} {interval_text(r._asdict())}{'' if same else _paper(r)}" for r in here.itertuples())
-        said = "; ".join(each)
+        numbers = ((r, interval_text(r._asdict())) for r in here.itertuples())
+        said = "; ".join(f"{r.setting} {text}{'' if same else _paper(r)}" for r, text in numbers)
         told = f" The paper: {here.paper.iloc[0]:+g}." if same else ""
         if len(here) and len(others):
             ends = map(points, (others.difference.min(), others.difference.max()))
