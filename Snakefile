@@ -215,6 +215,9 @@ for bench in BENCHES if "tar" in OTHER else ["cifar"]:
         more = f"-p arms {ARMS if ipc == 10 else 'condensed,mixed,expanded'} {BENCHES[bench]['alignment']}"
         for seed in range(5):
             RUNS[f"{PREFIX}trial-{bench}-ipc{ipc}-seed{seed}"] = ("run_kd", bench_run(bench, ipc, seed, more))
+    more = f"-y 'term_weights: {{bn: 0}}' -p arms mixed,expanded {BENCHES[bench]['alignment']}"
+    for seed in range(3):  # an inversion that is harder: without BatchNorm's statistics
+        RUNS[f"{PREFIX}trial-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, more))
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
@@ -251,7 +254,7 @@ for seed in range(SCALE["seeds"]):
                 more = f"{MANY} -p epochs {epochs}"  # which wins over the transfer's own
                 add_transfer("run_surrogate", f"patience-{name}-{teacher}-{epochs}", name, seed, more, teacher)
 
-TABLES = ["first_run", "a_main", "a_ipc", "a_condensation", "a_discriminator", "a_few_shot", "a_cost"]
+TABLES = ["first_run", "a_main", "a_trial", "a_ipc", "a_condensation", "a_discriminator", "a_few_shot", "a_cost"]
 TABLES += ["b_main", "b_entropy", "b_ablation", "b_attack", "b_patience", "b_cost"]
 FROM_RECORDS = [*TABLES, "datafree", "d_predict", "speed", "claims"]  # pages that read nothing but records
 SMOKE = {  # every run notebook, tiny

@@ -7,9 +7,9 @@ __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER'
            'PAPER_LABELS', 'BATCH_STATISTICS', 'CONTRASTS', 'TABLE', 'environment', 'commit_of', 'peak_memory',
            'write_record', 'json_safe', 'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text',
            'read_records', 'plus_minus', 'paired', 'interval', 'verdict', 'best_baseline', 'describe_scale',
-           'paired_table', 'plot_students', 'plot_discriminators', 'tsne_plane', 'plot_tsne', 'plot_methods', 'scores',
-           'agreement_in_words', 'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table',
-           'plot_accuracies']
+           'paired_table', 'points', 'interval_text', 'plot_students', 'plot_discriminators', 'tsne_plane', 'plot_tsne',
+           'mean_interval', 'plot_methods', 'scores', 'agreement_in_words', 'sets_in_words', 'chance_gap', 'in_words',
+           'fair_frechet', 'method_table', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -298,17 +298,23 @@ def describe_scale(table: pd.DataFrame) -> list[str]:
 def paired_table(
     tests: Sequence[dict],  # of `paired` or `best_baseline`, each with what tells it from the others
 ) -> Styler:
-    "Paired tests as a table to read."
-    words = dict(
-        difference="difference (points)", error="standard error", wins="wins (of n seeds)", seeds="n"
-    )
-    return (
-        pd.DataFrame(tests)
-        .rename(columns=words)
-        .style.format(precision=2)
-        .format("{:.4f}", subset=["p"])
-        .hide()
-    )
+    "Paired comparisons as a table to read: each difference with its 95 % interval."
+    words = dict(wins="wins (of n seeds)", seeds="n")
+    table = pd.DataFrame(tests)
+    table["difference"] = [interval_text(test) for test in table.to_dict("records")]
+    words |= {"difference": "difference (points)"}
+    return table.drop(columns=["error", "p"]).rename(columns=words).style.format(precision=2).hide()
+
+
+def points(value: float) -> str:
+    "A difference as it is read."
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # no minus before nought
+
+
+def interval_text(test: dict) -> str:
+    "A mean difference of `paired` with its 95 % interval, which a single seed does not have."
+    ends = " to ".join(map(points, interval(test)))
+    return points(test["difference"]) + (f" ({ends})" if test["seeds"] > 1 else "")
 
 # %% ../nbs/11_records.ipynb #cell-26
 METHOD_ORDER = ("random", "condensed", "inversion", "mixed", "expanded", "oracle", "full")
@@ -447,23 +453,28 @@ def _name_classes(ax, points: torch.Tensor, s: ImageSet) -> None:
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.75))
 
 # %% ../nbs/11_records.ipynb #cell-38
+def mean_interval(values: pd.Series) -> tuple[float, float]:
+    "The 95 % interval of a mean over seeds, by Student's t; seaborn takes it as `errorbar`."
+    return interval(dict(difference=values.mean(), error=values.sem(), seeds=len(values)))
+
+
 def plot_methods(
     table: pd.DataFrame,  # of `read_records`
     y: str,  # the column whose values are the rows of a panel
     col: str,  # and those that make the panels
     row: str | None = None,
 ) -> Figure:
-    "Accuracies of all methods: points are means, bars standard deviations over seeds."
+    "Accuracies of all methods: points are means over seeds, bars their 95 % intervals."
     methods = [name for name in METHOD_ORDER if name in set(table.set)]
     height = 1.1 + 0.8 * table[y].nunique()
     marks = dict(
         palette=METHOD_COLOURS, markers=[METHOD_MARKERS[m] for m in methods], linestyle="none", dodge=0.5
     )
-    bars = dict(errorbar="sd", capsize=0.08, err_kws={"linewidth": 1})
+    bars = dict(errorbar=mean_interval, capsize=0.08, err_kws={"linewidth": 1})
     shape = dict(kind="point", height=height, aspect=max(1.0, 4.2 / height), hue="set", hue_order=methods)
     data = table.assign(**{y: table[y].astype(str)})
     grid = sns.catplot(data, x="accuracy", y=y, col=col, row=row, **shape, **marks, **bars)
-    grid.set_axis_labels("student accuracy (%)", y)
+    grid.set_axis_labels("student accuracy (%; bars: 95 % interval)", y)
     grid.set_titles(" | ".join(["{col_name}"] + [f"{row} {{row_name}}"] * bool(row)))
     grid.legend.set_title(None)
     plt.close(grid.figure)

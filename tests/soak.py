@@ -29,7 +29,7 @@ STUDENT = {"student": "wrn_10_1", "epochs": 4, "steps": 5, "batch_size": 32}
 STAGES = {  # name -> notebook, parameters, whether it is given a teacher
     "teacher": ("run_teacher", SET | {"model": "wrn_10_1", "epochs": 30, "steps": 10, "batch_size": 32}, False),
     "condensed set (DM)": ("run_condense", SET | {"condenser": "dm", "ipc": 2, "iterations": 60}, False),
-    "inversion (CMI)": ("run_kd", KD | {"arms": "inversion", "inversion": "cmi"}, True),
+    "inversion (CMI)": ("run_kd", KD | {"arms": "inversion", "inversion": "cmi", "inversion_steps": 10}, True),
     "mixed": ("run_kd", KD | {"arms": "mixed"}, True),
     "expanded": ("run_kd", KD | {"arms": "expanded"}, True),
     "transfer set": ("run_surrogate", SET | STUDENT | {"surrogate": "noise", "images": 200}, True),

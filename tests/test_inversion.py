@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from condexp.data import ImageSet
-from condexp.inversion import INVERSIONS, Inverter, MetaGenerator, PerBatchGenerator, SynthesisBatch, Term
-from condexp.inversion import adversarial, inversion_recipe, js_adversarial, negative_kl
+from condexp.inversion import INVERSIONS, BatchNormHooks, ChannelMoments, Inverter, MetaGenerator
+from condexp.inversion import PerBatchGenerator, SynthesisBatch, Term, adversarial, batchnorm_layers, bn_distance
+from condexp.inversion import inversion_recipe, js_adversarial, negative_kl
 from condexp.models import fingerprint, freeze, make_classifier
 from condexp.training import make_fabric, seeded
 
@@ -224,6 +225,58 @@ def test_only_images_on_which_both_name_one_class_count_in_the_adversarial_term(
     assert negative_kl(both) < adversarial(both) - 1  # without the mask the other image would outweigh everything
 
 
+def naive_bn(model, images, first_layer=1):
+    "The equation of DeepInversion (eq. 4), layer by layer in the order of the pass."
+    found = []
+
+    def record(layer, inputs):
+        var, mean = torch.var_mean(inputs[0], (0, 2, 3), correction=0)
+        found.append((mean - layer.running_mean).norm() + (var - layer.running_var).norm())
+
+    handles = [m.register_forward_pre_hook(record) for m in batchnorm_layers(model)]
+    model(images)
+    for handle in handles:
+        handle.remove()
+    return sum(found) + (first_layer - 1) * found[0]
+
+
+@pytest.mark.parametrize("name", ["wrn_10_1", "repvgg_a0"])  # the second lists its layers in another order than it runs
+@torch.no_grad()
+def test_the_distance_of_statistics_is_that_of_the_equation(name):
+    model, images = untrained(3, 32, name=name), torch.rand(8, 3, 32, 32)
+    model(images)  # in training mode: now its statistics differ from layer to layer
+    with (hooks := BatchNormHooks(model.eval())).record():
+        model(images)
+    for first_layer in (1, 10) if name == "wrn_10_1" else (1,):
+        wanted = naive_bn(model, images, first_layer)
+        torch.testing.assert_close(bn_distance(hooks.read(), first_layer), wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_statistics_are_those_of_the_global_view_alone(small):
+    teacher, images = small[0], torch.rand(6, 1, 8, 8)
+    hooks, found = BatchNormHooks(teacher), []
+    for rows, batch in ((0, images), (6, torch.cat([images, torch.rand_like(images) ** 4]))):
+        with hooks.record(rows):
+            teacher(batch)
+        found.append(bn_distance(hooks.read()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_variance_in_bf16_is_not_rounded_to_it():
+    with seeded(0):
+        x = torch.randn(6, 5, 4, 4).bfloat16()
+    _, means, var = ChannelMoments.apply(x, 4)
+    torch.testing.assert_close(means, x.float().mean((2, 3)))
+    torch.testing.assert_close(var, x[:4].float().var((0, 2, 3), correction=0))
+
+
+def test_a_teacher_to_which_no_term_applies_is_refused(fabric):
+    only_bn = replace(INVERSIONS["fast"], terms=INVERSIONS["fast"].terms[:1])
+    with pytest.raises(ValueError, match="inversion is 'fast', but one of its terms must apply from the first step"):
+        Inverter(only_bn, freeze(untrained(1, 16, name="convnet3_w64")), untrained(1, 16), fabric)
+
+
 class Seen:
     "An alignment that only watches whether gradients pass through the features."
 
@@ -253,6 +306,9 @@ def test_an_alignment_joins_every_method(recipe, small, fabric):
         (("slow",), "inversion is 'slow', but it must be one of fast,"),
         (("fast", {"tv": 1}), "term_weights is 'tv', but it must be one of bn, one_hot, adversarial"),
         (("fast", {"bn": "10"}), "term_weights is {'bn': '10'}, but a weight must be a number of at least 0"),
+        (("fast", {"bn": -1}), "term_weights is {'bn': -1}, but a weight must be a number of at least 0"),
+        (("fast", {"bn": float("nan")}), "term_weights is {'bn': nan}, but a weight must be a number of at least 0"),
+        (("fast", {"bn": True}), "term_weights is {'bn': True}, but a weight must be a number of at least 0"),
         (("fast", "bn:0"), "term_weights is 'bn:0', but it must give a number for each term"),
         (("zskt", {"balance": 0}), "inversion is 'zskt', but one of its terms must apply from the first step"),
     ],

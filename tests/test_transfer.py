@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Killed
 
-from condexp.boundary import attacked_set
+from condexp.boundary import AttackSettings, attack_batches, attacked_set, target_classes
+from condexp.cache import Checkpoint
 from condexp.kd import Distillation, distil, estimate_statistics
 from condexp.models import ModelSpec, fingerprint, freeze, from_spec
 from condexp.quality import normalised_entropy, vendi_score
@@ -142,6 +144,28 @@ def test_the_filter_holds_no_more_than_it_keeps(teacher, fabric):
     made = filtered(stream(), teacher, TransferSettings(100), fabric)
     assert len(made) == 10 and made.provenance["examined"] == 2000 and len(given) == 40
     assert max(alive) <= 4  # two are as many as are wanted
+
+
+def test_killed_after_a_batch_the_filter_goes_on_to_the_same_set(teacher, fabric, tmp_path):
+    spec, settings, path = StreamSpec(16, 0, (0.5,), (0.25,)), TransferSettings(100, budget=5.0), tmp_path / "filter"
+    leaves = lambda: SOURCES["leaves"](spec, shapes=20, batch=50)
+    with pytest.raises(KeyboardInterrupt):
+        filtered(leaves(), teacher, settings, fabric, Killed(path))
+    assert Checkpoint(path).load()["batches"] == {"given": 2}  # of fifty images each: as many as are wanted
+    resumed, uninterrupted = (filtered(leaves(), teacher, settings, fabric, c) for c in (Checkpoint(path), Checkpoint()))
+    assert resumed.fingerprint == uninterrupted.fingerprint and len(resumed) < 100
+    assert resumed.provenance["examined"] == uninterrupted.provenance["examined"] == 500
+
+
+def test_killed_after_a_batch_the_attack_goes_on_to_the_same_images(teacher, digits, fabric, tmp_path):
+    few, path = digits.test.subset(range(8)), tmp_path / "attacks"
+    asked = few, target_classes(few.labels, 10, 3), teacher, fabric, AttackSettings(), 8
+    with pytest.raises(KeyboardInterrupt):
+        attack_batches(*asked, Killed(path))
+    assert Checkpoint(path).load()["done"] == 8 < 8 * 3
+    resumed, uninterrupted = (attack_batches(*asked, c) for c in (Checkpoint(path), Checkpoint()))
+    assert torch.equal(torch.cat(resumed.kept), torch.cat(uninterrupted.kept)) and resumed.done == 24
+    assert torch.equal(resumed.crossed, uninterrupted.crossed)
 
 
 def test_from_the_cache_it_is_the_same_and_nothing_is_made(teacher, fabric, monkeypatch):
