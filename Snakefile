@@ -266,7 +266,7 @@ SMOKE = {  # every run notebook, tiny
     "run_boundary": "-p surrogate noise -p images 40 -p epochs 2 -p steps 5",
     "run_quality": "-p surrogate leaves -p images 100",
     "run_predict": "-p sources leaves,noise -p images 100 -p proxy_steps 8 -p epochs 1 -p steps 5",
-    "run_import": "-p weights runs/smoke/teacher.safetensors",
+    "run_import": "-p weights runs/smoke/teacher.safetensors -p output runs/smoke/imported.safetensors",
     "run_datafree": "-p teacher runs/smoke/teacher.safetensors -p sources fast,noise -p images 200 -p minutes 0.3"
     " -p proxy_steps 20 -p student wrn_10_1 -p output runs/smoke/made",
 }
