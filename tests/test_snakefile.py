@@ -21,7 +21,7 @@ def planned(profile, *targets, **config):
 
 
 def test_smoke_runs_every_notebook_and_draws_every_page():
-    text = planned("smoke")
+    text = planned("smoke", "--forceall")  # also what is there already
     drawn = {p.name for p in (ROOT / "nbs").glob("paper_*.ipynb")} - {"paper_a_images.ipynb", "paper_b_features.ipynb"}
     for name in drawn | {p.name for p in (ROOT / "nbs").glob("run_*.ipynb")}:
         assert f"runs/smoke/{name}" in text, name
