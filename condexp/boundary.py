@@ -63,8 +63,8 @@ class AttackSettings:
         return x.clamp(self.low, self.high)
 
     def accepts(
-        self, here: "AttackState", there: "AttackState", targets: Int[Tensor, "n"]
-    ) -> Bool[Tensor, "n"]:
+        self, here: "AttackState", there: "AttackState", targets: Int[Tensor, " n"]
+    ) -> Bool[Tensor, " n"]:
         "Whether a step is kept and the next is longer; else it is taken back, and the next is shorter."
         return there.loss < here.loss
 
@@ -78,11 +78,11 @@ class AttackState:
 
     x: Float[Tensor, "n c h w"]
     start: Float[Tensor, "n c h w"]  # where they began
-    length: Float[Tensor, "n"]  # of the next step
-    loss: Float[Tensor, "n"]
+    length: Float[Tensor, " n"]  # of the next step
+    loss: Float[Tensor, " n"]
     slope: Float[Tensor, "n c h w"]  # direction of the loss's gradient, root mean square 1
-    predicted: Int[Tensor, "n"]
-    confidence: Float[Tensor, "n"]  # the probability of that class
+    predicted: Int[Tensor, " n"]
+    confidence: Float[Tensor, " n"]  # the probability of that class
 
     @classmethod
     def at(cls, logits: Logits, x: Tensor, start: Tensor, length: Tensor, targets: Tensor) -> "AttackState":
@@ -96,16 +96,16 @@ class AttackState:
         "The state before the first step, which is of that length."
         return cls.at(logits, x.clone(), x.clone(), x.new_full((len(x),), length), targets)
 
-    def rows(self, index: Int[Tensor, "m"]) -> "AttackState":
+    def rows(self, index: Int[Tensor, " m"]) -> "AttackState":
         "The state of some images."
         return AttackState(*(getattr(self, f.name)[index] for f in fields(self)))
 
-    def put(self, index: Int[Tensor, "m"], part: "AttackState") -> None:
+    def put(self, index: Int[Tensor, " m"], part: "AttackState") -> None:
         "Replace the state of some images."
         for f in fields(self):
             getattr(self, f.name)[index] = getattr(part, f.name)
 
-    def where(self, moved: Bool[Tensor, "n"], other: "AttackState") -> "AttackState":
+    def where(self, moved: Bool[Tensor, " n"], other: "AttackState") -> "AttackState":
         "This state where `moved`, else the other one."
         pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
         return AttackState(*(torch.where(moved.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs))
@@ -114,8 +114,8 @@ class AttackState:
 def input_gradient(
     logits: Logits,
     x: Float[Tensor, "n c h w"],
-    targets: Int[Tensor, "n"] | None = None,  # default: the predicted classes
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n c h w"], Float[Tensor, "n k"]]:
+    targets: Int[Tensor, " n"] | None = None,  # default: the predicted classes
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n c h w"], Float[Tensor, "n k"]]:
     "Cross-entropy, the direction of its gradient (root mean square 1), and the logits; in float32."
     x = x.detach().requires_grad_()
     with torch.enable_grad():
@@ -130,7 +130,7 @@ def input_gradient(
 def bold_driver_step(
     state: AttackState,
     logits: Logits,
-    targets: Int[Tensor, "n"],
+    targets: Int[Tensor, " n"],
     settings: AttackSettings,
 ) -> AttackState:
     "One iteration of every attack, taken back where the settings do not accept it; without a host read."
@@ -146,7 +146,7 @@ def bisect_boundary(
     logits: Logits,
     pre: Float[Tensor, "n c h w"],
     post: Float[Tensor, "n c h w"],  # of the targets, where the attack succeeded; else equal to `pre`
-    targets: Int[Tensor, "n"],
+    targets: Int[Tensor, " n"],
     gap: float,  # root mean square
 ) -> tuple[Tensor, Tensor]:
     "Halve the step between each pair until it is at most `gap`, one end on each side of the boundary."
@@ -166,7 +166,7 @@ def bisect_boundary(
 def cross_boundary(
     logits: Logits,
     x: Float[Tensor, "n c h w"],
-    targets: Int[Tensor, "n"],
+    targets: Int[Tensor, " n"],
     settings: AttackSettings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # pre-boundary, post-boundary, success, iterations
     "Attack images until they are of their targets; one that is there already does not count as crossing."
@@ -191,7 +191,7 @@ def cross_boundary(
 def push_deeper(
     logits: Logits,
     x: Float[Tensor, "n c h w"],
-    classes: Int[Tensor, "n"],
+    classes: Int[Tensor, " n"],
     settings: AttackSettings,
 ) -> Float[Tensor, "n c h w"]:
     "Images `x`, `beyond` steps deeper in their classes, as long as a step adds to the margin."
@@ -220,8 +220,8 @@ class AttackResult:
     post_boundary: Float[Tensor, "n c h w"]  # the first one with the target's
     pre_interior: Float[Tensor, "n c h w"]  # from `pre_boundary`, deeper in the class it still has
     post_interior: Float[Tensor, "n c h w"]  # from `post_boundary`, deeper in the target
-    success: Bool[Tensor, "n"]  # whether it crossed
-    iterations: Int[Tensor, "n"]  # until it did, or all
+    success: Bool[Tensor, " n"]  # whether it crossed
+    iterations: Int[Tensor, " n"]  # until it did, or all
     margins: Float[Tensor, "n 4"]  # of the predicted class, of the four images in order; 0 without success
 
     def images(self) -> Float[Tensor, "4m c h w"]:
@@ -233,7 +233,7 @@ class AttackResult:
 def attack(
     logits: Logits,
     images: Float[Tensor, "n c h w"],  # on its device, within the valid range
-    targets: Int[Tensor, "n"],  # the class each is moved to
+    targets: Int[Tensor, " n"],  # the class each is moved to
     settings: AttackSettings = AttackSettings(),  # noqa: B008 (frozen)
 ) -> AttackResult:
     "The boundary attack (Frank & Davis 2025). Refuses images that are not finite or out of range."
@@ -293,7 +293,7 @@ def blended(images: ImageSet, seed: int) -> ImageSet:
 
 # %% ../nbs/10_boundary.ipynb #cell-29
 def target_classes(
-    predicted: Int[Tensor, "n"],  # classes that the teacher sees
+    predicted: Int[Tensor, " n"],  # classes that the teacher sees
     classes: int,
     targets: int,  # other classes for each image; 0 for all of them
 ) -> Int[Tensor, "n t"]:
@@ -320,12 +320,12 @@ class AttackProgress:
     "What the attacks so far have made."
 
     kept: list[UInt8[Tensor, "m c h w"]]
-    crossed: Int[Tensor, "k"]  # attacks that succeeded, by target
+    crossed: Int[Tensor, " k"]  # attacks that succeeded, by target
     iterations: int = 0  # of those
     done: int = 0  # attacks
     seconds: float = 0.0  # that they took
 
-    def add(self, result: AttackResult, goals: Int[Tensor, "n"]) -> None:
+    def add(self, result: AttackResult, goals: Int[Tensor, " n"]) -> None:
         "Take in a batch of attacks."
         self.kept.append((result.images() * 255).round().to(torch.uint8).cpu())
         self.crossed += torch.bincount(goals[result.success].cpu(), minlength=len(self.crossed))
@@ -424,7 +424,7 @@ def boundary_distance(
     fabric: Fabric,
     settings: AttackSettings = AttackSettings(gap=1e-4),  # noqa: B008 (frozen)
     batch_size: int = 256,
-) -> Float[Tensor, "n"]:  # on the CPU; infinite where the attack did not succeed
+) -> Float[Tensor, " n"]:  # on the CPU; infinite where the attack did not succeed
     "How far each image is from where its attack towards the runner-up crosses: rms of pixels in [0, 1]."
     freeze(teacher)
     images, parts = on_device(check_images(images, teacher, "images"), fabric), []

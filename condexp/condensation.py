@@ -110,7 +110,7 @@ def embed(
 def herding_order(
     features: Float[Tensor, "n d"],  # embeddings of one class
     count: int,  # images to select, at most n
-) -> Int[Tensor, "count"]:
+) -> Int[Tensor, " count"]:
     "Indices of images whose running mean follows the class mean, greedily (iCaRL, alg. 4)."
     goal = features.mean(0)
     total, taken = torch.zeros_like(goal), torch.zeros(len(features), device=goal.device)
@@ -161,7 +161,7 @@ def dm_loss(real: Float[Tensor, "k d"], synthetic: Float[Tensor, "k d"]) -> Floa
 class ClassSampler:
     "The images of each of `k` classes, by their indices, to draw from."
 
-    def __init__(self, labels: Int[Tensor, "n"], k: int):
+    def __init__(self, labels: Int[Tensor, " n"], k: int):
         self.counts = (labels == torch.arange(k, device=labels.device)[:, None]).sum(1)
         self.rows = labels.argsort(stable=True)  # class by class
         self.first = self.counts.cumsum(0) - self.counts  # where each begins among them
@@ -331,8 +331,8 @@ class DistributionMatching:
 
     def match(
         self,
-        real: Int[Tensor, "n"],  # which real images, class by class
-        classes: Int[Tensor, "k"],
+        real: Int[Tensor, " n"],  # which real images, class by class
+        classes: Int[Tensor, " k"],
         draw: dict[str, Tensor],  # of augmentations, one for each of these classes
     ) -> Float[Tensor, ""]:
         "Add the gradient of some classes to that of the images; their loss."
@@ -357,14 +357,14 @@ def gradient_distance(
 def gradients(
     network: nn.Module,
     x: Float[Tensor, "n c h w"],
-    y: Int[Tensor, "n"],
+    y: Int[Tensor, " n"],
     keep: bool = False,  # differentiable once more
 ) -> tuple[Tensor, ...]:
     "The gradient of the cross-entropy for each parameter of `network`."
     return torch.autograd.grad(F.cross_entropy(network(x), y), tuple(network.parameters()), create_graph=keep)
 
 # %% ../nbs/04_condensation.ipynb #cell-46
-def sgd_step(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, "n"], lr: float) -> None:
+def sgd_step(network: nn.Module, x: Float[Tensor, "n c h w"], y: Int[Tensor, " n"], lr: float) -> None:
     "One step of plain gradient descent."
     grads = gradients(network, x, y)
     with torch.no_grad():
@@ -414,7 +414,7 @@ class GradientMatching:
             self.train()
         return loss
 
-    def match(self, c: int, real: Int[Tensor, "r"]) -> Float[Tensor, ""]:
+    def match(self, c: int, real: Int[Tensor, " r"]) -> Float[Tensor, ""]:
         "Add the gradient of one class to that of the images; its loss."
         ipc, draw = self.task.ipc, self.augment.draw(1, real.device)
         seen = self.augment.apply(self.task.train.batch(real), draw)
@@ -436,7 +436,7 @@ class GradientMatching:
 class Whitening(nn.Module):
     "ZCA: images to decorrelated images of the same shape, and back (`undo`)."
 
-    def __init__(self, values: Float[Tensor, "d"], vectors: Float[Tensor, "d d"], centre: Float[Tensor, "d"]):
+    def __init__(self, values: Float[Tensor, " d"], vectors: Float[Tensor, "d d"], centre: Float[Tensor, " d"]):
         super().__init__()  # d = c h w
         self.register_buffer("matrix", vectors * values.rsqrt() @ vectors.T, persistent=False)
         self.register_buffer("inverse", vectors * values.sqrt() @ vectors.T, persistent=False)
@@ -559,12 +559,12 @@ class TrajectoryMatching:
         self.network = whitened_network(settings, task.train, learned.coordinates, task.fabric)
         self.shapes = {name: p.shape for name, p in self.network.named_parameters()}
 
-    def named(self, weights: Float[Tensor, "p"]) -> dict[str, Tensor]:
+    def named(self, weights: Float[Tensor, " p"]) -> dict[str, Tensor]:
         "A vector of weights as the network's parameters."
         parts = weights.split([shape.numel() for shape in self.shapes.values()])
         return {name: w.view(shape) for (name, shape), w in zip(self.shapes.items(), parts, strict=True)}
 
-    def student(self, weights: Float[Tensor, "p"]) -> Float[Tensor, "p"]:
+    def student(self, weights: Float[Tensor, " p"]) -> Float[Tensor, " p"]:
         "The weights after some steps on the synthetic images, differentiable by images and step size."
         images, labels, step = self.learned(), self.learned.labels, self.learned.log_step.exp()
         for _ in range(self.settings.syn_steps):

@@ -50,7 +50,7 @@ class _Facts:
         return f"ImageSet({shape} {self.images.dtype}, {self.num_classes} classes, {self.provenance})"
 
     @functools.cached_property
-    def hard_labels(self) -> Int[Tensor, "n"]:
+    def hard_labels(self) -> Int[Tensor, " n"]:
         "The class of each image: the most probable one where labels are soft."
         return self.labels.argmax(1) if self.labels.is_floating_point() else self.labels
 
@@ -132,12 +132,12 @@ class ImageSet(_Facts):
         _check_labels(self.labels, len(images), len(self.classes))
         check_statistics(self.mean, self.std, images.shape[1])
 
-    def batch(self, index: Int[Tensor, "b"] | None = None) -> Float[Tensor, "b c h w"]:
+    def batch(self, index: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b c h w"]:
         "Images `index` (default all) as float32 in [0, 1], selected on the set's own device."
         x = self.images if index is None else self.images.index_select(0, index)
         return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
-    def subset(self, index: Int[Tensor, "b"] | Sequence[int], **provenance) -> "ImageSet":
+    def subset(self, index: Int[Tensor, " b"] | Sequence[int], **provenance) -> "ImageSet":
         "The images `index` in that order; keywords are added to the provenance."
         index = torch.as_tensor(index, dtype=torch.long, device=self.images.device)
         images, labels = self.images[index], self.labels[index]

@@ -36,7 +36,7 @@ class FeatureBank:
     def __init__(
         self,
         features: Float[Tensor, "n d"],  # as the teacher gives them
-        labels: Int[Tensor, "n"],  # every class must occur
+        labels: Int[Tensor, " n"],  # every class must occur
         num_classes: int,
     ):
         classes = torch.arange(num_classes, device=labels.device)
@@ -51,7 +51,7 @@ class FeatureBank:
         "Features in units of the bank's deviations, in single precision."
         return (features.float() - self.mean) / self.std
 
-    def draw(self, targets: Int[Tensor, "n"]) -> Float[Tensor, "n d"]:
+    def draw(self, targets: Int[Tensor, " n"]) -> Float[Tensor, "n d"]:
         "One random real feature of each target's class."
         offset = (torch.rand(len(targets), device=targets.device) * self.counts[targets]).long()
         return self.features[self.starts[targets] + offset]
@@ -83,13 +83,13 @@ def feature_bank(
 class Verdict(NamedTuple):
     "What a discriminator says of samples."
 
-    real: Float[Tensor, "n"]  # logits, positive for real
+    real: Float[Tensor, " n"]  # logits, positive for real
     classes: Float[Tensor, "n 2 k"] | None = None  # class logits, as a real and as a fake sample; if judged
 
     def class_loss(
         self,
         side: int,  # 0: as real samples, 1: as fake ones
-        targets: Int[Tensor, "n"],
+        targets: Int[Tensor, " n"],
     ) -> Float[Tensor, ""] | float:
         "Cross-entropy of the class; 0 where the discriminator does not judge it."
         return 0.0 if self.classes is None else F.cross_entropy(self.classes[:, side], targets)
@@ -127,7 +127,7 @@ class FeatureDiscriminator(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "n d"],  # standardised features
-        targets: Int[Tensor, "n"],  # looked at by projection only
+        targets: Int[Tensor, " n"],  # looked at by projection only
     ) -> Verdict:
         x = x + self.noise * torch.randn_like(x) if self.noise else x
         hidden = F.leaky_relu(self.embed(x), 0.2)
@@ -162,7 +162,7 @@ GAN_LOSSES = {
 
 # %% ../nbs/06_discriminator.ipynb #cell-48
 def r1_penalty(
-    logits: Float[Tensor, "n"],  # of real samples
+    logits: Float[Tensor, " n"],  # of real samples
     features: Float[Tensor, "n d"],  # the samples; must require a gradient
 ) -> Float[Tensor, ""]:
     "Half the mean squared gradient on real samples (Mescheder et al. 2018, eq. 9, without its weight)."
@@ -318,21 +318,21 @@ class Alignment(Curves):
         with self.stream, torch.autocast(self.bank.features.device.type, enabled=False):
             yield
 
-    def loss(self, features: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
+    def loss(self, features: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         "What the generator minimises for the features of its images, weighted if there is no ratio."
         weight = 1.0 if self.settings.ratio else self.settings.weight * self.gate
         with self._apart():
             return weight * self._loss(self.bank.standardise(features), targets)
 
-    def update(self, features: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> None:
+    def update(self, features: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> None:
         "Learn from fakes; call it after the generator's own step."
         with self._apart(), torch.enable_grad():
             self._update(self.bank.standardise(features.detach()), targets)
 
-    def _loss(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
+    def _loss(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         raise NotImplementedError
 
-    def _update(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> None:
+    def _update(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> None:
         "Nothing to learn, unless a subclass says so."
 
     def state_dict(self) -> dict:
@@ -365,11 +365,11 @@ class AdversarialAlignment(Alignment):
         least = self.settings.min_fake_probability
         return (self.fake_probability / least).clamp(max=1) if least else 1.0
 
-    def _loss(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
+    def _loss(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         verdict = self.discriminator(fakes, targets)
         return self.losses.generator(verdict.real) + verdict.class_loss(0, targets)
 
-    def _update(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> None:
+    def _update(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> None:
         self.discriminator.requires_grad_(True)
         for _ in range(self.settings.steps):
             self._step(self.bank.draw(targets), fakes, targets)
@@ -450,9 +450,9 @@ def _shared_classes(labels_a: Tensor, labels_b: Tensor) -> list[int]:
 # %% ../nbs/06_discriminator.ipynb #cell-16
 def class_frechet(
     a: Float[Tensor, "n d"],  # features of the set to judge
-    labels_a: Int[Tensor, "n"],  # their classes
+    labels_a: Int[Tensor, " n"],  # their classes
     b: Float[Tensor, "m d"],  # features of the reference, usually real images
-    labels_b: Int[Tensor, "m"],  # their classes
+    labels_b: Int[Tensor, " m"],  # their classes
     directions: Float[Tensor, "d c"] | None = None,  # to project onto; by default principal_directions(b)
 ) -> float:  # in squared units of the features
     "Mean Fréchet distance within the classes that both sets have. `ValueError` if there is none."
@@ -465,9 +465,9 @@ def class_frechet(
 # %% ../nbs/06_discriminator.ipynb #cell-19
 def frechet_at(
     a: Float[Tensor, "n d"],  # features of the set to judge
-    labels_a: Int[Tensor, "n"],  # their classes, each at least `each` times
+    labels_a: Int[Tensor, " n"],  # their classes, each at least `each` times
     b: Float[Tensor, "m d"],  # features of the reference
-    labels_b: Int[Tensor, "m"],  # their classes
+    labels_b: Int[Tensor, " m"],  # their classes
     each: int,  # images per class
     draws: int = 5,
     directions: Float[Tensor, "d c"] | None = None,  # as in class_frechet
@@ -496,7 +496,7 @@ def kernel_scales(
 def kernel(
     a: Float[Tensor, "n d"],
     b: Float[Tensor, "m d"],
-    scales: Float[Tensor, "s"],  # squared lengths
+    scales: Float[Tensor, " s"],  # squared lengths
 ) -> Float[Tensor, "n m"]:  # between 0 and 1
     "Mean of Gaussian kernels of several widths."
     squared = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
@@ -506,7 +506,7 @@ def kernel(
 def mmd(
     a: Float[Tensor, "n d"],  # features of the set to judge
     b: Float[Tensor, "m d"],  # features of the reference
-    scales: Float[Tensor, "s"] | None = None,  # of the kernel; by default those of `b`
+    scales: Float[Tensor, " s"] | None = None,  # of the kernel; by default those of `b`
 ) -> float:  # no unit: 0 for the same set, at most 2
     "Squared maximum mean discrepancy (Gretton et al. 2012, eq. 5, the biased estimate: never negative)."
     a, b = a.double(), b.double()
@@ -516,9 +516,9 @@ def mmd(
 # %% ../nbs/06_discriminator.ipynb #cell-28
 def class_mmd(
     a: Float[Tensor, "n d"],  # features of the set to judge
-    labels_a: Int[Tensor, "n"],  # their classes
+    labels_a: Int[Tensor, " n"],  # their classes
     b: Float[Tensor, "m d"],  # features of the reference
-    labels_b: Int[Tensor, "m"],  # their classes
+    labels_b: Int[Tensor, " m"],  # their classes
 ) -> float:  # no unit, 0 to 2
     "Mean `mmd` within the classes that both sets have, one kernel for all. `ValueError` if there is none."
     shared, scales = _shared_classes(labels_a, labels_b), kernel_scales(b.double())
@@ -528,9 +528,9 @@ def class_mmd(
 # %% ../nbs/06_discriminator.ipynb #cell-31
 def class_variance(
     a: Float[Tensor, "n d"],  # features of the set to judge
-    labels_a: Int[Tensor, "n"],  # their classes
+    labels_a: Int[Tensor, " n"],  # their classes
     b: Float[Tensor, "m d"],  # features of the reference
-    labels_b: Int[Tensor, "m"],  # their classes
+    labels_b: Int[Tensor, " m"],  # their classes
 ) -> float:  # percent: 100 where `a` varies as much as `b`, 0 for one image a class
     "Variance within the classes that both sets have, in percent. `ValueError` if there is none."
     def within(x: Tensor, labels: Tensor) -> Tensor:
@@ -547,8 +547,8 @@ def _row_mean(values: Float[Tensor, "n n"], mask: Bool[Tensor, "n n"]) -> Float[
 def class_mmd_loss(
     fake: Float[Tensor, "n d"],  # features that get the gradient
     real: Float[Tensor, "n d"],  # as many features, of the same classes in the same order
-    targets: Int[Tensor, "n"],
-    scales: Float[Tensor, "s"],  # of the kernel, squared lengths
+    targets: Int[Tensor, " n"],
+    scales: Float[Tensor, " s"],  # of the kernel, squared lengths
 ) -> Float[Tensor, ""]:  # 0 on average for the same distribution; can be slightly negative
     "Unbiased class-conditional squared MMD of a batch; a class counts by its share of the batch."
     same = targets[:, None] == targets
@@ -566,7 +566,7 @@ class MMDAlignment(Alignment):
         super().__init__(bank, settings, stream)
         self.scales = kernel_scales(bank.features)
 
-    def _loss(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, "n"]) -> Float[Tensor, ""]:
+    def _loss(self, fakes: Float[Tensor, "n d"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
         distance = class_mmd_loss(fakes, self.bank.draw(targets), targets, self.scales)
         self.note(distance)
         return distance

@@ -331,7 +331,7 @@ class Program(Foreign):
         return destination
 
     def load_state_dict(
-        self, state: dict[str, UInt8[Tensor, "n"]], strict: bool = True, assign: bool = False
+        self, state: dict[str, UInt8[Tensor, " n"]], strict: bool = True, assign: bool = False
     ) -> None:
         "Open the program."
         with torch.device("cpu"):

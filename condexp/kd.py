@@ -35,8 +35,8 @@ from .discriminator import make_alignment, principal_directions
 from .inversion import Inverter, batchnorm_layers, inversion_recipe
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier
 from .models import save_classifier
-from .training import Schedule, Stream, accuracy, check_finite, fixed_subset, on_device, onecycle
-from .training import precision_of
+from .training import Schedule, Stream, accuracy, captured, check_finite, fixed_subset
+from .training import on_device, onecycle, precision_of
 from .training import predict, resume, seeded, snapshot
 
 # %% ../nbs/07_kd.ipynb #cell-05
@@ -256,8 +256,8 @@ def estimate_statistics(model: Classifier, images: ImageSet, fabric: Fabric) -> 
 
 # %% ../nbs/07_kd.ipynb #cell-17
 def student_loss(
-    student: torch.nn.Module,  # as Fabric has set it up
-    teacher: Classifier,
+    student: torch.nn.Module,  # as `captured` gives it, or Fabric
+    teacher: torch.nn.Module,
     x: Float[Tensor, "n c h w"],  # augmented
     settings: Distillation,
     fabric: Fabric,
@@ -272,7 +272,7 @@ def student_loss(
 
 def student_step(
     student: torch.nn.Module,
-    teacher: Classifier,
+    teacher: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[tuple[float, Float[Tensor, "n c h w"]]],  # the weight of each term, and its images
     settings: Distillation,
@@ -295,12 +295,7 @@ class StudentTraining:
     def __init__(
         self, student: Classifier, teacher: Classifier, settings: Distillation, fabric: Fabric, seed: int
     ):
-        self.teacher, self.settings, self.fabric, self.stream = (
-            teacher,
-            settings,
-            fabric,
-            Stream(seed, "student"),
-        )
+        self.settings, self.fabric, self.stream = settings, fabric, Stream(seed, "student")
         if settings.batch_statistics:
             check_batchnorm(teacher)
         self.augment = AUGMENTATIONS[settings.augmentation](teacher_set(teacher, fabric))
@@ -311,6 +306,8 @@ class StudentTraining:
         self.student, self.optimizer = fabric.setup(student, optimizer)
         self.parts = {"student": student, "optimizer": self.optimizer, "scheduler": self.scheduler}
         self.parts |= {"student stream": self.stream, "scaler": fabric._precision}
+        once = settings.batches == "proportional" and not settings.batch_statistics  # an equal pass a step
+        self.passes = [captured(n, settings.batch_size, fabric, once) for n in (student.train(), teacher)]
 
     def batch(self, images: SyntheticSet, among: range | None = None) -> Float[Tensor, "n c h w"]:
         "A batch to learn from, drawn and augmented; `among` one kind of images, or of all."
@@ -330,7 +327,7 @@ class StudentTraining:
         total, each = torch.zeros((), device=self.fabric.device), (self.settings, self.fabric)
         with self.stream:
             for _ in range(self.settings.steps):
-                total += student_step(self.student, self.teacher, self.optimizer, self.batches(images), *each)
+                total += student_step(*self.passes, self.optimizer, self.batches(images), *each)
                 self.scheduler.step()
         return check_finite(float(total) / self.settings.steps, "the distillation", "a lower learning rate")
 

@@ -31,7 +31,7 @@ from .training import fixed_indices, fixed_subset, predict
 
 # %% ../nbs/09_quality.ipynb #cell-05
 def normalised_entropy(
-    counts: Float[Tensor, "k"] | Int[Tensor, "k"],  # images of each class
+    counts: Float[Tensor, " k"] | Int[Tensor, " k"],  # images of each class
 ) -> float:  # 0 to 1
     "The entropy of a histogram over that of an even one (Frank & Davis 2025, criterion 1)."
     share = counts.double() / counts.sum().clamp(min=1)
@@ -75,14 +75,14 @@ def mean_nearest_distance(distances: Float[Tensor, "n n"]) -> float:
 # %% ../nbs/09_quality.ipynb #cell-11
 def class_margin(
     logits: Float[Tensor, "n k"],
-    classes: Int[Tensor, "n"] | None = None,  # default: those predicted
-) -> Float[Tensor, "n"]:
+    classes: Int[Tensor, " n"] | None = None,  # default: those predicted
+) -> Float[Tensor, " n"]:
     "By how much the logit of each image's class exceeds every other."
     own = (logits.argmax(1) if classes is None else classes)[:, None]
     return (logits.gather(1, own) - logits.scatter(1, own, -torch.inf).amax(1, keepdim=True)).squeeze(1)
 
 
-def label_entropy(logits: Float[Tensor, "n k"], temperature: float = 1.0) -> Float[Tensor, "n"]:
+def label_entropy(logits: Float[Tensor, "n k"], temperature: float = 1.0) -> Float[Tensor, " n"]:
     "The entropy of the softened labels over that of an even one: 0 for a sure teacher, 1 for a clueless one."
     share = (logits.double() / temperature).softmax(1)
     return torch.special.entr(share).sum(1) / math.log(logits.shape[1])
@@ -122,7 +122,7 @@ def quality_report(
     fabric: Fabric,
     temperature: float = 4.0,  # of the label entropy: the same for all sets that are compared
     real: ImageSet | None = None,  # real images of the teacher's classes, where they are at hand
-    boundary: Float[Tensor, "n"] | None = None,  # of `boundary.boundary_distance`
+    boundary: Float[Tensor, " n"] | None = None,  # of `boundary.boundary_distance`
     near: float = 1 / 255,  # what of them counts as near: a change that bytes can hardly show
     most: int = 2000,  # images that distances and Vendi scores are of
 ) -> dict:  # a tidy row
@@ -249,7 +249,7 @@ def plot_nearest(
     return figure
 
 # %% ../nbs/09_quality.ipynb #cell-28
-def losses(model: Classifier, images: ImageSet, fabric: Fabric) -> Float[Tensor, "n"]:
+def losses(model: Classifier, images: ImageSet, fabric: Fabric) -> Float[Tensor, " n"]:
     "The cross-entropy of each image with its class, in nats."
     return F.cross_entropy(predict(model, images, fabric)[1], images.hard_labels.cpu(), reduction="none")
 

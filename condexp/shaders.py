@@ -321,7 +321,7 @@ def to_glsl(program: Program) -> str:
     return "\n".join([*lines, f"    return v{len(program) + 1};"])
 
 # %% ../nbs/08_shaders.ipynb #cell-35
-def evaluate(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
+def evaluate(program: Program, times: Float[Tensor, " n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by torch."
     x, y = places(size)
     time = times.view(-1, 1, 1)
@@ -551,7 +551,7 @@ def gl_program(source: str):
     return program, context.vertex_array(program, [])
 
 # %% ../nbs/08_shaders.ipynb #cell-59
-def draw(source: str, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
+def draw(source: str, times: Float[Tensor, " n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each of at most `FRAMES` times, by OpenGL."
     program, triangle = gl_program(source)
     if "times" in program:
@@ -564,7 +564,7 @@ def draw(source: str, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 
     return torch.from_numpy(pixels.reshape(-1, size, size, 3).copy()).permute(0, 3, 1, 2).contiguous()
 
 # %% ../nbs/08_shaders.ipynb #cell-61
-def render(program: Program, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
+def render(program: Program, times: Float[Tensor, " n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by OpenGL: what `evaluate` gives, up to rounding."
     source = FRAGMENT.format(frames=FRAMES, helpers=HELPERS, body=to_glsl(program), size=size)
     most = min(FRAMES, gl_context().info["GL_MAX_RENDERBUFFER_SIZE"] // size)
@@ -726,7 +726,7 @@ def read_programs(folder: Path) -> list[ShaderSource]:
     return found
 
 # %% ../nbs/08_shaders.ipynb #cell-76
-def render_source(source: ShaderSource, times: Float[Tensor, "n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
+def render_source(source: ShaderSource, times: Float[Tensor, " n"], size: int) -> UInt8[Tensor, "n 3 h w"]:
     "A frame for each time, by OpenGL. An error names file and line."
     try:
         program, triangle = gl_program(source.code)

@@ -181,7 +181,7 @@ def crop_places(
     size: int,  # of a crop, as it is shown
     n: int,
     g: torch.Generator,
-) -> tuple[Float[Tensor, "n"], Float[Tensor, "n s s 2"]]:
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n s s 2"]]:
     "The sides of `n` random square crops, and where in the photograph their pixels lie (-1 to 1)."
     x, y = places(size)
     u = torch.rand(n, 5, 1, 1, generator=g).unbind(1)

@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'PRECISIONS', 'CUDA_ONLY', 'FP16_SCALE', 'bf16_on_cpu', 'automatic_precision', 'make_fabric',
            'precision_of', 'on_device', 'scaled_backward', 'rng_state', 'set_rng_state', 'seeded', 'Stream', 'Schedule',
            'default_schedule', 'onecycle', 'predict', 'accuracy', 'wilson', 'epoch_order', 'check_finite', 'fit_epoch',
-           'snapshot', 'resume', 'fit', 'fixed_indices', 'fixed_subset', 'train_classifier']
+           'snapshot', 'resume', 'captured', 'fit', 'fixed_indices', 'fixed_subset', 'train_classifier']
 
 # %% ../nbs/03_training.ipynb #cell-02
 import hashlib
@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from .augment import Augment, standard
 from .cache import Checkpoint, cached, check_choice, progress, invalid, check_int
 from .data import ImageSet, Splits
+from .foreign import is_foreign
 from .models import Classifier, load_classifier, make_classifier, save_classifier
 
 # %% ../nbs/03_training.ipynb #cell-05
@@ -296,6 +297,36 @@ def resume(checkpoint: Checkpoint, parts: dict[str, Any]) -> dict:
     set_rng_state(state["rng"])
     return state
 
+# %% ../nbs/03_training.ipynb #graphs-2
+class _Pass(nn.Module):
+    "A network in the precision it computes in; its logits are float32."
+
+    def __init__(self, network: Classifier, fabric: Fabric):
+        super().__init__()
+        self.network, self.fabric = network, fabric
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k"]:
+        with self.fabric.autocast():
+            return self.network(x).float()
+
+
+def captured(
+    network: Classifier,
+    batch_size: int,
+    fabric: Fabric,
+    graphs: bool = True,  # False: none, for passes of other kinds
+) -> nn.Module:
+    "`network` in its present mode, its passes CUDA graphs for batches of one size; without CUDA no graphs."
+    passes, spec = _Pass(network, fabric).train(network.training), network.spec
+    if not graphs or fabric.device.type != "cuda" or is_foreign(spec.name):
+        return passes
+    x = torch.zeros(batch_size, spec.channels, spec.size, spec.size, device=fabric.device)
+    before = [buffer.clone() for buffer in network.buffers()]
+    torch.cuda.make_graphed_callables(passes, (x.contiguous(memory_format=torch.channels_last),))
+    for buffer, value in zip(network.buffers(), before, strict=True):
+        buffer.copy_(value)
+    return passes
+
 # %% ../nbs/03_training.ipynb #cell-26
 def fit(
     model: Classifier,  # trained in place, and left on Fabric's device
@@ -309,9 +340,10 @@ def fit(
     "Train with one learning-rate cycle; continues from the checkpoint to an uninterrupted run's numbers."
     images = on_device(images, fabric)
     optimizer, scheduler = onecycle(model.to(fabric.device, memory_format=torch.channels_last), schedule)
-    network, optimizer = fabric.setup(model, optimizer)
+    _, optimizer = fabric.setup(model, optimizer)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": fabric._precision}
     history = resume(checkpoint, parts).get("history", [])
+    network = captured(model.train(), schedule.batch_size, fabric)
 
     def step(index: Tensor) -> tuple[Tensor, Tensor]:
         x = augment(images.batch(index)).contiguous(memory_format=torch.channels_last)

@@ -68,7 +68,7 @@ def quotas(
     classes: int,
     sampling: str,  # one of SAMPLINGS
     seed: int,  # of which classes are rare in a long tail
-) -> Int[Tensor, "k"]:
+) -> Int[Tensor, " k"]:
     "How many images of each predicted class are wanted."
     if sampling == "none":
         return torch.full((classes,), count)
@@ -83,15 +83,15 @@ def quotas(
 class FilterState:
     "What the filter has kept so far."
 
-    room: Int[Tensor, "k"]  # that is left in each class
+    room: Int[Tensor, " k"]  # that is left in each class
     missing: int  # images, altogether
-    predicted: Int[Tensor, "k"]  # candidates that the teacher put into each class
+    predicted: Int[Tensor, " k"]  # candidates that the teacher put into each class
     frames: list[UInt8[Tensor, "m c h w"]] = field(default_factory=list)
-    labels: list[Int[Tensor, "m"]] = field(default_factory=list)
+    labels: list[Int[Tensor, " m"]] = field(default_factory=list)
     examined: int = 0  # candidates
     seconds: float = 0.0  # that it took
 
-    def add(self, frames: UInt8[Tensor, "n c h w"], predicted: Int[Tensor, "n"]) -> int:
+    def add(self, frames: UInt8[Tensor, "n c h w"], predicted: Int[Tensor, " n"]) -> int:
         "Keep, of some candidates, those that have room in their class and altogether; how many that were."
         fits = rank_within(predicted, len(self.room)) < self.room[predicted]
         keep = fits.nonzero().flatten()[: self.missing]
@@ -153,7 +153,7 @@ def predicted_classes(
     teacher: Classifier,  # frozen, on the fabric's device
     frames: UInt8[Tensor, "n c h w"],
     fabric: Fabric,
-) -> Int[Tensor, "n"]:  # on the fabric's device: nothing here waits for it
+) -> Int[Tensor, " n"]:  # on the fabric's device: nothing here waits for it
     "The class that the teacher sees in each frame."
     parts = []
     for part in frames.split(ASKED.get(fabric.device.type, EXAMINED)):
@@ -166,7 +166,7 @@ def predicted_classes(
 def imageset_like(
     teacher: Classifier,
     frames: UInt8[Tensor, "n c h w"],
-    labels: Int[Tensor, "n"] | None = None,  # default: all of the first class
+    labels: Int[Tensor, " n"] | None = None,  # default: all of the first class
 ) -> ImageSet:
     "Frames as a set with the teacher's classes and normalisation."
     spec = teacher.spec

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import Killed
 
+from condexp import kd
 from condexp.augment import Augment
 from condexp.cache import Checkpoint
 from condexp.data import load_splits
@@ -13,7 +14,7 @@ from condexp.inversion import INVERSIONS, PUBLISHED
 from condexp.kd import METHODS, Distillation, Distiller, StudentTraining, Synthesis, SyntheticSet
 from condexp.kd import distil, kd_loss, run_method, student_step
 from condexp.models import fingerprint, freeze, make_classifier
-from condexp.training import Schedule, make_fabric, train_classifier
+from condexp.training import Schedule, accuracy, captured, make_fabric, train_classifier
 
 TINY = Distillation(epochs=2, steps=2, batch_size=16, synthesis_batch=20, warmup=1, inversion_steps=2)
 
@@ -86,6 +87,22 @@ def test_two_terms_are_the_sum_of_two_means_in_two_passes(teacher, digits, fabri
     torch.testing.assert_close(loss, total)
     for p, old, gradient in zip(student.parameters(), before, wanted, strict=True):
         torch.testing.assert_close(p, old - gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need CUDA")
+@pytest.mark.parametrize("precision", ["32", "bf16", "fp16"])
+def test_by_cuda_graphs_a_student_learns_the_same(precision, teacher, digits, monkeypatch):
+    fabric, losses, scores = make_fabric("cuda", precision), {}, {}
+    teacher, full = freeze(teacher.to(fabric.device)), digits.train.to(fabric.device)
+    for graphs in (True, False):
+        monkeypatch.setattr(kd, "captured", captured if graphs else (lambda *given: captured(*given[:3], False)))
+        torch.manual_seed(0)
+        student = make_classifier("wrn_10_1", digits.train)
+        training = StudentTraining(student, teacher, replace(TINY, steps=20, lr=0.02), fabric, seed=0)
+        losses[graphs] = [training.epoch(SyntheticSet(full, full, room=0)) for _ in range(2)]
+        scores[graphs] = accuracy(student, digits.test, fabric)
+    assert losses[True] == pytest.approx(losses[False], rel=0.05) and losses[True][1] < losses[True][0]
+    assert scores[True] == pytest.approx(scores[False], abs=10)  # percent: so BatchNorm's statistics are there
 
 
 def test_each_term_draws_a_whole_batch_of_its_own_kind_once_there_are_both(teacher, digits, fabric):
