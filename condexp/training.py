@@ -242,7 +242,7 @@ def predict(
 def accuracy(model: Classifier, images: ImageSet, fabric: Fabric, batch_size: int = 512) -> float:
     "Percent of the images whose class is the model's first choice."
     chosen = torch.cat([logits.argmax(1) for _, logits in _batches(model, images, fabric, batch_size)])
-    return 100 * float((chosen == images.hard_labels.to(chosen.device)).float().mean())
+    return 100 * int((chosen == images.hard_labels.to(chosen.device)).sum()) / len(images)
 
 # %% ../nbs/03_training.ipynb #cell-19w
 def wilson(percent: float, n: int) -> tuple[float, float]:  # percent
