@@ -34,7 +34,11 @@ class Setting:
         self.teacher = freeze(self.network(shapes.teacher))
         self.student = self.network(shapes.student)
         self.targets = torch.arange(shapes.batch, device=self.device) % shapes.classes
-        self.x = self.images.batch(torch.arange(shapes.batch)).contiguous(memory_format=torch.channels_last)
+        self.x = self.first(shapes.batch).contiguous(memory_format=torch.channels_last)
+
+    def first(self, count: int) -> torch.Tensor:
+        "So many of the images, in [0, 1]; from the beginning again when all were there."
+        return self.images.batch(torch.arange(count, device=self.device) % len(self.images))
 
     def network(self, name: str) -> nn.Module:
         "A network with random weights, in the layout that our runs use."
@@ -148,8 +152,8 @@ def condensation(s: Setting, row: str) -> Measure:
 def dm_floor(s: Setting) -> Measure:
     "A forward pass of all images, and the backward pass of the synthetic ones, to the pixels."
     network, each = random_network("convnet3", s.images, s.fabric), embedding_batch(s.shapes.size, s.device)
-    real = s.images.batch(torch.arange(s.shapes.classes * s.shapes.dm_real) % len(s.images)).split(each)
-    synthetic = s.images.batch(torch.arange(s.shapes.classes * s.shapes.ipc)).split(each)
+    real = s.first(s.shapes.classes * s.shapes.dm_real).split(each)
+    synthetic = s.first(s.shapes.classes * s.shapes.ipc).split(each)
 
     def step() -> None:
         for part in real:
@@ -168,8 +172,8 @@ def dsa_floor(s: Setting) -> Measure:
     "By class: the gradient of real images; that of synthetic ones, and its own; then the network's steps."
     network = random_network("convnet3", s.images, s.fabric).requires_grad_()
     weights, shapes = tuple(network.parameters()), s.shapes
-    real, own = (s.images.batch(torch.arange(n)) for n in (shapes.dsa_real, shapes.ipc))
-    every, y = (s.images.batch(torch.arange(shapes.classes * shapes.ipc)), s.images.labels)
+    real, own = (s.first(n) for n in (shapes.dsa_real, shapes.ipc))
+    every, y = s.first(shapes.classes * shapes.ipc), s.images.labels
 
     def loss(x: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(network(x), y[: len(x)])
@@ -189,7 +193,7 @@ def dsa_floor(s: Setting) -> Measure:
 def mtt_floor(s: Setting) -> Measure:
     "The student's steps, and the gradient of where they end."
     network, shapes = random_network("convnet3", s.images, s.fabric).requires_grad_(), s.shapes
-    x, y = s.images.batch(torch.arange(shapes.mtt_syn)).requires_grad_(), s.images.labels[: shapes.mtt_syn]
+    x, y = s.first(shapes.mtt_syn).requires_grad_(), s.images.labels[: shapes.mtt_syn]
     first = {name: p for name, p in network.named_parameters()}
 
     def step() -> None:
@@ -232,7 +236,7 @@ def teacher_filter(s: Setting) -> Measure:
 
 def teacher_filter_floor(s: Setting) -> Measure:
     "The teacher's forward pass, 64 images at a time."
-    parts = s.images.batch(torch.arange(128)).contiguous(memory_format=torch.channels_last).split(64)
+    parts = s.first(128).contiguous(memory_format=torch.channels_last).split(64)
 
     def work() -> None:
         with torch.no_grad(), s.fabric.autocast():
