@@ -347,7 +347,7 @@ def name_lines(ax: Axes) -> None:
         end = line.get_xydata()[-1]
         at = min(end[1], at - gap)
         look = dict(color=line.get_color(), xycoords=line.get_transform(), **place)
-        leader = dict(arrowstyle="-", color=line.get_color(), linewidth=0.6, shrinkA=0, shrinkB=3)
+        leader = dict(arrowstyle="-", color=line.get_color(), linewidth=0.6, relpos=(0, 0.5), shrinkA=0)
         ax.annotate(line.get_label(), end, (1.03, at), arrowprops=leader, **look)
 
 # %% ../nbs/11_records.ipynb #cell-27
