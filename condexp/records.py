@@ -7,9 +7,10 @@ __all__ = ['OLD_KEYS', 'OLD_VALUES', 'OLD_ALIGNMENTS', 'OLD_FEW', 'METHOD_ORDER'
            'PAPER_LABELS', 'BATCH_STATISTICS', 'CONTRASTS', 'TABLE', 'environment', 'commit_of', 'peak_memory',
            'write_record', 'json_safe', 'curves', 'told', 'today', 'alignment_name', 'record_rows', 'schedule_text',
            'read_records', 'plus_minus', 'paired', 'interval', 'verdict', 'best_baseline', 'describe_scale',
-           'paired_table', 'points', 'interval_text', 'plot_students', 'plot_discriminators', 'tsne_plane', 'plot_tsne',
-           'mean_interval', 'plot_methods', 'scores', 'agreement_in_words', 'sets_in_words', 'chance_gap', 'in_words',
-           'fair_frechet', 'method_table', 'plot_accuracies']
+           'paired_table', 'points', 'interval_text', 'name_lines', 'plot_students', 'plot_discriminators',
+           'tsne_plane', 'plot_tsne', 'frechet_to_first', 'mean_interval', 'plot_methods', 'scores',
+           'agreement_in_words', 'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table',
+           'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -27,14 +28,16 @@ import pandas as pd
 import seaborn as sns
 import torch
 from lightning_fabric import Fabric
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
 import condexp
 from .cache import cached, invalid, load_tensors, save_tensors, write_atomic
 from .data import ImageSet
+from .discriminator import frechet_at, principal_directions
 from .models import Classifier, fingerprint
-from .training import precision_of, predict, wilson
+from .training import precision_of, predict, seeded, wilson
 
 # %% ../nbs/11_records.ipynb #cell-05
 def environment(fabric: Fabric) -> dict:
@@ -333,6 +336,20 @@ PAPER_LABELS = {  # of Paper A's tables
     "expanded": "Fast*",
 }
 
+# %% ../nbs/11_records.ipynb #ends-2
+def name_lines(ax: Axes) -> None:
+    "Write each line's label to the right of its end; names of lines that end close together are moved apart."
+    low, high = ax.get_ylim()
+    axes_height = ax.get_figure().get_size_inches()[1] * ax.get_position().height
+    gap, at = 16 * (high - low) / (72 * axes_height), math.inf  # 16 points: a line of text
+    place = dict(textcoords=("axes fraction", "data"), va="center", fontsize=9, annotation_clip=False)
+    for line in sorted(ax.lines, key=lambda line: line.get_ydata()[-1], reverse=True):
+        end = line.get_xydata()[-1]
+        at = min(end[1], at - gap)
+        look = dict(color=line.get_color(), xycoords=line.get_transform(), **place)
+        leader = dict(arrowstyle="-", color=line.get_color(), linewidth=0.6, relpos=(0, 0.5), shrinkA=0)
+        ax.annotate(line.get_label(), end, (1.03, at), arrowprops=leader, **look)
+
 # %% ../nbs/11_records.ipynb #cell-27
 def plot_students(
     histories: dict[str, list[dict]],  # method, or name of a set -> its history
@@ -352,7 +369,7 @@ def plot_students(
         ax.axhline(teacher_accuracy, color="0.4", linestyle=":", label="teacher")
     ax.set(xlabel="epoch", ylabel=f"{measure} (% of {'probe' if agreed else 'test'} images)", title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside right upper")
+    name_lines(ax)
     plt.close(figure)
     return figure
 
@@ -376,7 +393,7 @@ def plot_discriminators(histories: dict[str, list[dict]], title: str = "") -> Fi
     ax.axhline(50, color="0.4", linestyle=":", label="guessing")
     ax.set(xlabel="epoch", ylabel="discriminator is right (%)", ylim=(0, 103), title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(loc="outside right upper")
+    name_lines(ax)
     plt.close(figure)
     return figure
 
@@ -418,6 +435,7 @@ def plot_tsne(
         for name, s in sets.items()
     }
     plane, (behind, first) = tsne_plane(thin, teacher, fabric), next(iter(thin.items()))
+    each, far = frechet_to_first(sets, teacher, fabric)
     columns = min(3, len(thin))
     rows = -(-len(thin) // columns)
     figure, axes = plt.subplots(
@@ -428,13 +446,25 @@ def plot_tsne(
     for ax, (name, s) in zip(axes.flat, thin.items(), strict=False):
         ax.scatter(*plane[behind].T, s=5, color="0.85")
         ax.scatter(*plane[name].T, s=7, color=_class_colours(s))
-        ax.set(title=name, xticks=[], yticks=[])
-    _name_classes(axes[0, 0], plane[behind], first)
-    figure.suptitle(
-        f"Teacher features (t-SNE): colour is the class, grey are the {behind} images", fontsize=10
-    )
+        ax.set(xticks=[], yticks=[])
+        ax.set_title(name + f", Fréchet distance {far[name]:.3g}" * (name != behind), fontsize=10)
+        _name_classes(ax, plane[behind], first)
+    told = f"Teacher features (t-SNE): colour is the class, grey are the {behind} images."
+    figure.suptitle(f"{told} Fréchet distance: {each} per class, to these", fontsize=10)
     plt.close(figure)
     return figure
+
+# %% ../nbs/11_records.ipynb #cell-34a
+def frechet_to_first(
+    sets: dict[str, ImageSet], teacher: Classifier, fabric: Fabric
+) -> tuple[int, dict[str, float]]:  # images per class, name -> distance
+    "Mean Fréchet distance within a class to the first set, of as many images per class of each: at most ten."
+    seen = {name: (predict(teacher, s, fabric)[0], s.hard_labels.cpu()) for name, s in sets.items()}
+    each = min(10, *(int(labels.bincount()[labels.unique()].min()) for _, labels in seen.values()))
+    reference = next(iter(seen.values()))
+    shared = dict(each=each, directions=principal_directions(reference[0]))
+    with seeded(0):
+        return each, {name: frechet_at(*own, *reference, **shared) for name, own in seen.items()}
 
 # %% ../nbs/11_records.ipynb #cell-35
 def _class_colours(s: ImageSet) -> list:
@@ -449,7 +479,7 @@ def _name_classes(ax, points: torch.Tensor, s: ImageSet) -> None:
     labels = s.hard_labels.cpu()
     for c in labels.unique().tolist() if s.num_classes <= 10 else ():
         x, y = points[labels == c].median(0).values.tolist()
-        ax.text(x, y, s.classes[c], ha="center", va="center", fontsize=9, weight="bold",
+        ax.text(x, y, s.classes[c], ha="center", va="center", fontsize=8, weight="bold",
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none", alpha=0.75))
 
 # %% ../nbs/11_records.ipynb #cell-38
@@ -465,20 +495,50 @@ def plot_methods(
     row: str | None = None,
 ) -> Figure:
     "Accuracies of all methods: points are means over seeds, bars their 95 % intervals."
-    methods = [name for name in METHOD_ORDER if name in set(table.set)]
-    height = 1.1 + 0.8 * table[y].nunique()
-    marks = dict(
-        palette=METHOD_COLOURS, markers=[METHOD_MARKERS[m] for m in methods], linestyle="none", dodge=0.5
-    )
-    bars = dict(errorbar=mean_interval, capsize=0.08, err_kws={"linewidth": 1})
-    shape = dict(kind="point", height=height, aspect=max(1.0, 4.2 / height), hue="set", hue_order=methods)
-    data = table.assign(**{y: table[y].astype(str)})
-    grid = sns.catplot(data, x="accuracy", y=y, col=col, row=row, **shape, **marks, **bars)
-    grid.set_axis_labels("student accuracy (%; bars: 95 % interval)", y)
-    grid.set_titles(" | ".join(["{col_name}"] + [f"{row} {{row_name}}"] * bool(row)))
-    grid.legend.set_title(None)
-    plt.close(grid.figure)
-    return grid.figure
+    methods, levels = [m for m in METHOD_ORDER if m in set(table.set)], sorted(set(table[y]))
+    panels = table.groupby([row, col] if row else [col], sort=False)
+    columns = table[col].nunique()
+    rows = -(-len(panels) // columns)
+    size = 4.7 * columns, rows * (0.7 + 0.2 * (len(methods) + 1) * len(levels))
+    shape = dict(figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, **shape)
+    for ax in axes.flat[len(panels) :]:
+        ax.remove()
+    steps = {name: (i + 1) / (len(methods) + 1) - 0.5 for i, name in enumerate(methods)}
+    places = {(level, name): i + step for i, level in enumerate(levels) for name, step in steps.items()}
+    named = []
+    for ax, (key, part) in zip(axes.flat, panels, strict=False):
+        named.append(_draw_methods(ax, part.groupby([y, "set"]).accuracy, places))
+        ax.set_title(", ".join(map(str, key)), fontsize=10)
+        ax.grid(axis="y", visible=False)
+    axes[0, 0].set_yticks(range(len(levels)), levels)
+    axes[0, 0].set_ylim(len(levels) - 0.5, -0.5)
+    _name_methods(axes[0, 0], named[0])
+    figure.supxlabel("student accuracy (%; bars: 95 % interval)", fontsize=10)
+    axes[0, 0].set_ylabel(y)
+    plt.close(figure)
+    return figure
+
+
+def _draw_methods(ax: Axes, groups, places: dict) -> dict[str, tuple[float, pd.Series]]:
+    "Means and intervals of accuracies at their places; returns each method's uppermost."
+    uppermost = {}
+    for (level, name), found in groups:
+        at, colour = places[level, name], METHOD_COLOURS[name]
+        ax.plot(mean_interval(found), [at, at], linewidth=2, color=colour)
+        ax.plot(found.mean(), at, METHOD_MARKERS[name], markersize=7, color=colour)
+        uppermost.setdefault(name, (at, found))
+    return uppermost
+
+
+def _name_methods(ax: Axes, uppermost: dict[str, tuple[float, pd.Series]]) -> None:
+    "Write each method's name beside its uppermost interval, on the side that has more room."
+    middle = sum(ax.get_xlim()) / 2
+    for name, (y, found) in uppermost.items():
+        low, high = mean_interval(found) if len(found) > 1 else (found.mean(),) * 2
+        x, step, align = (high, 7, "left") if found.mean() < middle else (low, -7, "right")
+        place = dict(xytext=(step, 0), textcoords="offset points", ha=align, va="center")
+        ax.annotate(name, (x, y), color=METHOD_COLOURS[name], fontsize=9, **place)
 
 # %% ../nbs/11_records.ipynb #cell-41a
 def scores(record: dict) -> tuple[dict[str, float], str, str]:
