@@ -1,7 +1,7 @@
 """What the norm of a ConvNet costs, by the layer that computes it: `python benchmarks/norms.py RECORD` (CPU seconds, one thread).
 
-`InstanceNorm2d`, which condexp's ConvNet had until November 2026, and `GroupNorm` with a group for each channel, which it has now as
-the published code has, are the same function.
+`InstanceNorm2d`, which condexp's ConvNet had until November 2026, and `GroupNorm` with a group for each channel, which it
+has now as the published code has, are the same function.
 """
 
 import json
