@@ -149,6 +149,8 @@ if NAME == "cpu":
             add_alignment(f"layer-{layer}", {0.3: ["conditional"]}, seed, f"-p ipc 10 -p layer {layer}", WITHOUT_BN)
     for seed in range(5):  # the README's main job, on MNIST
         RUNS[f"first-run-seed{seed}"] = ("run_kd", f"-p ipc 10 -p seed {seed}")
+        for name in ("shaders", "leaves", "noise"):  # sets that are poor for a teacher of digits
+            RUNS[f"mnist-boundary-{name}-seed{seed}"] = ("run_boundary", f"-p surrogate {name} -p seed {seed}")
         for model, epochs in WEAKER:  # does a weaker teacher do better where there are few images?
             given = f"-p teacher runs/mnist-{model}-{epochs}-{seed % 3}.safetensors -p arms random,condensed,full -p seed {seed}"
             for ipc in (1, 10):

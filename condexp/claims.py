@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MIXING', 'ALIGNING', 'TOLD', 'MAIN', 'TRIAL', 'DISC', 'FIRST', 'SETS', 'BN', 'FULL', 'FULL_100', 'MIX', 'ALIGN',
            'CONDITIONAL', 'OTHER', 'PAPER_A', 'ORIGINAL', 'SHADERS', 'PHOTOGRAPHS', 'LEAVES', 'NOISE', 'FEW', 'TAIL',
-           'HARD', 'EXTREME', 'NEITHER', 'ORDER', 'POOR', 'BEFORE', 'ABLATION', 'STEPS', 'PAPER_B', 'CLAIMS', 'LOOK',
-           'Runs', 'read_rows', 'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'helps', 'attack', 'longer',
-           'counted', 'opening', 'claims_table', 'short_table', 'plot_claims']
+           'HARD', 'EXTREME', 'NEITHER', 'ORDER', 'POOR', 'BALANCE', 'POOR_ON_MNIST', 'BEFORE', 'ABLATION', 'STEPS',
+           'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'judge', 'judged', 'of_arms',
+           'helps', 'attack', 'attack_mnist', 'longer', 'counted', 'opening', 'claims_table', 'short_table',
+           'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -148,6 +149,13 @@ def attack(words, setting, of, baseline, paper) -> Claim:
     return Claim("B6", words, setting, attacked, baseline, paper, "paper_b_attack", ORIGINAL)
 
 
+def attack_mnist(words, of, baseline) -> Claim:
+    "The same for a teacher of digits; `baseline` is a set of the same runs."
+    runs = (Runs(f"mnist-boundary-{of}-*", name) for name in (f"{of}, attacked", baseline))
+    ceiling = Runs("first-run-*", "full")
+    return Claim("B6", words, f"{of}, MNIST", *runs, None, "paper_b_attack", ceiling)
+
+
 def longer(teacher, setting) -> Claim:
     "That students of shaders gain more from 3 to 30 epochs than those of original images."
     kinds = (f"patience-{kind}-{teacher}" for kind in ("shaders", "original"))
@@ -157,6 +165,7 @@ def longer(teacher, setting) -> Claim:
 
 # %% ../nbs/17_claims.ipynb #cell-16
 ORDER, POOR = "order of transfer sets", "the attack makes a poor set good"
+BALANCE, POOR_ON_MNIST = "more than balance alone does", ("shaders", "leaves", "noise")
 BEFORE = {of: Runs(f"boundary-{of}-*", of) for of in ("photographs", "noise")}
 ABLATION = {  # claim: method, baseline, the paper's difference
     ("B3", "soft labels are better than hard ones"): (SHADERS, HARD, 2.34),
@@ -175,7 +184,9 @@ PAPER_B = [
     *(Claim(*key, "shaders", *runs, "paper_b_ablation", ORIGINAL) for key, runs in ABLATION.items()),
     attack(POOR, "photographs of one thing", "photographs", BEFORE["photographs"], 76.75),
     attack(POOR, "noise", "noise", BEFORE["noise"], None),
-    attack("more than balance alone does", "noise", "noise", NOISE, None),
+    *(attack_mnist(POOR, of, of) for of in POOR_ON_MNIST),
+    attack(BALANCE, "noise", "noise", NOISE, None),
+    *(attack_mnist(BALANCE, of, f"{of}, control") for of in POOR_ON_MNIST),
     longer("wrn_10_2", "WRN teacher"),
     longer("convnext_cifar", "ConvNeXt teacher"),
     longer("vit_cifar", "ViT teacher"),

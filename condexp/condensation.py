@@ -436,7 +436,9 @@ class GradientMatching:
 class Whitening(nn.Module):
     "ZCA: images to decorrelated images of the same shape, and back (`undo`)."
 
-    def __init__(self, values: Float[Tensor, " d"], vectors: Float[Tensor, "d d"], centre: Float[Tensor, " d"]):
+    def __init__(
+        self, values: Float[Tensor, " d"], vectors: Float[Tensor, "d d"], centre: Float[Tensor, " d"]
+    ):
         super().__init__()  # d = c h w
         self.register_buffer("matrix", vectors * values.rsqrt() @ vectors.T, persistent=False)
         self.register_buffer("inverse", vectors * values.sqrt() @ vectors.T, persistent=False)
