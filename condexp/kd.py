@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning_fabric import Fabric
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor
 from torch.optim.swa_utils import update_bn
 
@@ -35,8 +37,8 @@ from .discriminator import make_alignment, principal_directions
 from .inversion import Inverter, batchnorm_layers, inversion_recipe
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier
 from .models import save_classifier
-from .training import Schedule, Stream, accuracy, captured, check_finite, fixed_subset
-from .training import on_device, onecycle, precision_of
+from .training import Schedule, Stream, accuracy, captured, check_devices, check_finite, fixed_subset
+from .training import on_device, on_devices, onecycle, precision_of
 from .training import predict, resume, seeded, snapshot
 
 # %% ../nbs/07_kd.ipynb #cell-05
@@ -100,6 +102,12 @@ class SyntheticSet:
         index = torch.randint(among.start, among.stop, (n,), device=self.images.device)
         return self.images.index_select(0, index).float().div_(255)
 
+    def share(self, fabric: Fabric) -> None:
+        "Where several processes work together, have the synthetic images of the first."
+        if fabric.world_size > 1:
+            torch.distributed.broadcast(self.images[self.start : self.count], 0)
+            torch.distributed.broadcast(self.labels[: len(self)], 0)
+
     def as_set(self, **provenance) -> ImageSet:
         "The synthetic images as an `ImageSet` with its own provenance."
         images, labels = self.images[self.start : self.count].clone(), self.labels[: len(self)].clone()
@@ -141,7 +149,8 @@ METHODS = COMPARED | {"transfer set": Method("transfer set", "", False)}  # any 
 LABELS = ("soft", "hard")
 BATCHES = ("proportional", "two_terms")
 AT_LEAST = dict(  # the smallest value of each whole number
-    epochs=1, steps=1, batch_size=2, inversion_steps=0, batches_per_epoch=1, synthesis_batch=2, warmup=0
+    epochs=1, steps=1, batch_size=2, devices=1,
+    inversion_steps=0, batches_per_epoch=1, synthesis_batch=2, warmup=0,
 )
 GROWTH = ("batches_per_epoch", "synthesis_batch")  # what methods read whose set grows
 INVERSION = ("inversion", "term_weights", "inversion_steps", "warmup", "adversarial_after", "keep_warmup")
@@ -159,6 +168,11 @@ def check_values(settings: dict) -> None:
     known = dict(direction=DIRECTIONS, batches=BATCHES, labels=LABELS, augmentation=AUGMENTATIONS)
     for name, allowed in known.items():
         check_choice(name, settings[name], allowed)
+    devices = settings["devices"]
+    if settings["batch_size"] % devices:
+        invalid("batch_size", settings["batch_size"], f"it must be a multiple of devices, {devices}")
+    if settings["batch_statistics"] and devices > 1:
+        invalid("devices", devices, "batch_statistics is True, and a teacher's are of one device's batch")
 
 # %% ../nbs/07_kd.ipynb #cell-0fec1d
 @dataclass(frozen=True)
@@ -190,6 +204,7 @@ class Distillation:
     augmentation: str = "normal"  # a name in AUGMENTATIONS
     mixup: bool = False  # blend each image with another; the teacher labels the blend
     batch_statistics: bool = False  # BatchNorm of teacher and student by each batch's own statistics
+    devices: int = 1  # that share each student step, a process on each
 
     def __post_init__(self):
         check_values(vars(self))
@@ -301,18 +316,23 @@ class StudentTraining:
         self.augment = AUGMENTATIONS[settings.augmentation](teacher_set(teacher, fabric))
         peak = dict(lr=settings.lr, weight_decay=settings.weight_decay)
         schedule = Schedule(settings.epochs, settings.steps, settings.batch_size, **peak)
+        several = fabric.world_size > 1
+        if several and fabric.device.type == "cuda":
+            convert_sync_batchnorm(student)  # in place
         student = student.to(fabric.device, memory_format=torch.channels_last)
         optimizer, self.scheduler = onecycle(student, schedule)
         self.student, self.optimizer = fabric.setup(student, optimizer)
         self.parts = {"student": student, "optimizer": self.optimizer, "scheduler": self.scheduler}
         self.parts |= {"student stream": self.stream, "scaler": fabric._precision}
         once = settings.batches == "proportional" and not settings.batch_statistics  # an equal pass a step
-        self.passes = [captured(n, settings.batch_size, fabric, once) for n in (student.train(), teacher)]
+        networks = (self.student if several else student).train(), teacher
+        self.passes = [captured(n, settings.batch_size, fabric, once and not several) for n in networks]
 
     def batch(self, images: SyntheticSet, among: range | None = None) -> Float[Tensor, "n c h w"]:
-        "A batch to learn from, drawn and augmented; `among` one kind of images, or of all."
+        "A batch to learn from, drawn and augmented; `among` one kind of images, or of all. A device's share."
         x = self.augment(images.draw(self.settings.batch_size, among))
-        return (mixup(x) if self.settings.mixup else x).contiguous(memory_format=torch.channels_last)
+        x = (mixup(x) if self.settings.mixup else x)[self.fabric.global_rank :: self.fabric.world_size]
+        return x.contiguous(memory_format=torch.channels_last)
 
     def batches(self, images: SyntheticSet) -> list[tuple[float, Float[Tensor, "n c h w"]]]:
         "What a step learns from: a weight and a batch for each term."
@@ -329,7 +349,8 @@ class StudentTraining:
             for _ in range(self.settings.steps):
                 total += student_step(*self.passes, self.optimizer, self.batches(images), *each)
                 self.scheduler.step()
-        return check_finite(float(total) / self.settings.steps, "the distillation", "a lower learning rate")
+        mean = float(self.fabric.all_reduce(total)) / self.settings.steps
+        return check_finite(mean, "the distillation", "a lower learning rate")
 
 # %% ../nbs/07_kd.ipynb #cell-04b6f5
 def teacher_set(teacher: Classifier, fabric: Fabric) -> ImageSet:
@@ -466,7 +487,9 @@ class Distiller:
 
     def synthesize(self, epoch: int) -> dict:
         "This epoch's synthetic images; returns the inversion's losses."
-        return self.synthesis.extend(self.images, epoch) if self.synthesis else {}
+        made = self.synthesis.extend(self.images, epoch) if self.synthesis else {}
+        self.images.share(self.fabric)
+        return made
 
     def train_student(self) -> float:
         "This epoch's student steps; returns the mean loss."
@@ -479,7 +502,8 @@ class Distiller:
         bar = progress(epochs, name, initial=len(self.history), total=self.settings.epochs)
         for epoch in bar:
             self.history.append(timed_epoch(self, epoch, test))
-            checkpoint.save(snapshot(self.parts, history=self.history), every=0.05)
+            if self.fabric.is_global_zero:
+                checkpoint.save(snapshot(self.parts, history=self.history), every=0.05)
             measure = measure_of(test)
             bar.set_postfix_str(f"{measure} {self.history[-1][measure]:.1f} %")
 
@@ -630,8 +654,10 @@ def distil(
     used |= dict(yardstick=splits.train.fingerprint) if method.pool else {}
     config = used | dict(method=name, student=student_name, seed=seed, precision=precision_of(fabric))
     config |= dict(settings=settings.cache_key(method))
+    check_devices(settings.devices, student_name, teacher_set(teacher, fabric), fabric)
 
     def compute(checkpoint: Checkpoint) -> MethodResult:
-        return run_method(name, teacher, student_name, transfer, splits, settings, seed, fabric, checkpoint)
+        given = name, teacher, student_name, transfer, splits, settings, seed
+        return on_devices(partial(run_method, *given, checkpoint=checkpoint), settings.devices, fabric)
 
     return cached("method", config, compute, save_method, lambda path: load_method(path, fabric))

@@ -189,7 +189,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(("shader_folder", "photographs"), text),
     **dict.fromkeys(("size", "seed", "epochs", "steps", "batch_size", "iterations"), at_least(0)),
     **dict.fromkeys(("inversion_steps", "images", "targets", "beyond"), at_least(0)),
-    **dict.fromkeys(("ipc", "programs", "attack_steps"), at_least(1)),
+    **dict.fromkeys(("ipc", "programs", "attack_steps", "devices"), at_least(1)),
     **dict.fromkeys(("arms", "alignments"), names),
     "record": file_or_empty(".json"),
     "output": text,
@@ -378,6 +378,7 @@ class RunKD(RunArms):
     "Parameters of `run_kd`. Without a data set the methods that need one are left out."
 
     without_data = True
+    devices: int
     output: str
 
     def check_without_data(self) -> None:
@@ -456,6 +457,7 @@ class RunSurrogate(RunQuality, RunTraining):
     augmentation: str
     mixup: bool
     batch_statistics: bool
+    devices: int
     evaluate: str
     output: str
 

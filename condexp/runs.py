@@ -33,7 +33,8 @@ from .models import save_classifier
 from .parameters import Run, RunBoundary, RunCondense, RunDistil, RunQuality, RunSurrogate, RunTeacher
 from .shaders import gl_context
 from .sources import SOURCES
-from .training import Schedule, accuracy, default_schedule, make_fabric, on_device, train_classifier
+from .training import Schedule, accuracy, check_devices, default_schedule, make_fabric, on_device
+from .training import train_classifier
 from condexp.transfer import (
     RELATED,
     by_overlap,
@@ -61,6 +62,8 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
     if spec and run.dataset:
         splits = as_teacher_takes(splits, spec)
     check_networks(run, splits.train, spec)
+    if devices := getattr(run, "devices", 0):
+        check_devices(devices, run.student, splits.train, fabric)
     return fabric, Splits(on_device(splits.train, fabric), on_device(splits.test, fabric), splits.note)
 
 
@@ -362,6 +365,7 @@ def set_distillation(run: RunSurrogate, train: ImageSet, source: str | ImageSet)
         augmentation=run.augmentation,
         mixup=run.mixup,
         batch_statistics=run.batch_statistics,
+        devices=run.devices,
     )
 
 # %% ../nbs/13_runs.ipynb #cell-64a
@@ -421,6 +425,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         synthesis_batch=batch,
         warmup=6 if small else min(20, epochs),
         keep_warmup=run.keep_warmup,
+        devices=getattr(run, "devices", 1),
     )
 
 # %% ../nbs/13_runs.ipynb #cell-67

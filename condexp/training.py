@@ -6,16 +6,21 @@
 __all__ = ['DEVICES', 'PRECISIONS', 'CUDA_ONLY', 'FP16_SCALE', 'bf16_on_cpu', 'automatic_precision', 'make_fabric',
            'precision_of', 'on_device', 'scaled_backward', 'rng_state', 'set_rng_state', 'seeded', 'Stream', 'Schedule',
            'default_schedule', 'onecycle', 'predict', 'accuracy', 'wilson', 'epoch_order', 'check_finite', 'fit_epoch',
-           'snapshot', 'resume', 'captured', 'fit', 'fixed_indices', 'fixed_subset', 'train_classifier']
+           'snapshot', 'resume', 'captured', 'check_devices', 'on_devices', 'fit', 'fixed_indices', 'fixed_subset',
+           'train_classifier']
 
 # %% ../nbs/03_training.ipynb #cell-02
 import hashlib
 import logging
 import math
+import os
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +28,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import OneCycleLR
 
 from .augment import Augment, standard
@@ -33,7 +41,7 @@ from .foreign import is_foreign
 from .models import Classifier, load_classifier, make_classifier, save_classifier
 
 # %% ../nbs/03_training.ipynb #cell-05
-logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)  # no word on bfloat16
+logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # no word on bfloat16, on processes
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = {
     "auto": None,
@@ -60,6 +68,7 @@ def automatic_precision(cuda: bool) -> str:  # one of PRECISIONS
 def make_fabric(
     device: str = "auto",  # one of DEVICES
     precision: str = "auto",  # one of PRECISIONS
+    **several,  # what Fabric is told besides where processes work together
 ) -> Fabric:
     "Where everything runs and how precisely; refuses what is not there. Sets TF32 and cuDNN's search."
     check_choice("device", device, DEVICES)
@@ -74,7 +83,8 @@ def make_fabric(
     if cuda:
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    return Fabric(accelerator="cuda" if cuda else "cpu", devices=1, precision=PRECISIONS[precision])
+    where = dict(accelerator="cuda" if cuda else "cpu", devices=1)
+    return Fabric(**where, precision=PRECISIONS[precision], **several)
 
 # %% ../nbs/03_training.ipynb #cell-ac377c
 def precision_of(fabric: Fabric) -> str:  # "32-true", "tf32", "bf16-mixed" or "16-mixed"
@@ -326,6 +336,54 @@ def captured(
     for buffer, value in zip(network.buffers(), before, strict=True):
         buffer.copy_(value)
     return passes
+
+# %% ../nbs/03_training.ipynb #many-dev-2
+def check_devices(devices: int, student: str, images: ImageSet, fabric: Fabric) -> None:
+    "Refuse more devices than there are, and a student whose BatchNorm they cannot compute together."
+    check_int("devices", devices, 1)
+    cuda = fabric.device.type == "cuda"
+    there = torch.cuda.device_count() if cuda else os.cpu_count()
+    if devices > there:
+        kind = f"{'CUDA device' if cuda else 'CPU core'}{'s' if there > 1 else ''}"
+        invalid("devices", devices, f"this machine has {there} {kind}")
+    if devices > 1 and not cuda:
+        with seeded(0):
+            modules = make_classifier(student, images).modules()
+        if any(isinstance(m, _BatchNorm) for m in modules):
+            why = f"the student, {student}, has BatchNorm, which CUDA devices alone compute together"
+            invalid("devices", devices, why)
+
+# %% ../nbs/03_training.ipynb #many-dev-3
+def on_devices(
+    job: Callable,  # called with `fabric`, the same in each process; it and its result can be pickled
+    devices: int,  # 1: it is called here
+    fabric: Fabric,  # its kind of device and its precision
+) -> Any:
+    "What `job` returns in the first of several processes that work together, each with a device of its own."
+    if devices == 1:
+        return job(fabric=fabric)
+    name = precision_of(fabric)
+    precision = next(ours for ours, theirs in PRECISIONS.items() if name in (ours, theirs))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(job, Path(folder, "job"))
+        given = folder, devices, fabric.device.type, precision, find_free_network_port()
+        torch.multiprocessing.spawn(_work, given, devices)
+        return torch.load(Path(folder, "result"), weights_only=False)
+
+
+def _work(rank: int, folder: str, devices: int, device: str, precision: str, port: int) -> None:
+    "One of the processes."
+    cards = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards.split(",")[rank] if device == "cuda" else ""
+    os.environ |= dict(NODE_RANK=str(rank), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if rank:
+        sys.stderr = open(os.devnull, "w")  # one progress bar is enough
+    together = dict(strategy="ddp", num_nodes=devices, plugins=LightningEnvironment())
+    fabric = make_fabric(device, precision, **together)
+    fabric.launch()
+    result = torch.load(Path(folder, "job"), weights_only=False)(fabric=fabric)
+    if fabric.is_global_zero:
+        torch.save(result, Path(folder, "result"))
 
 # %% ../nbs/03_training.ipynb #cell-26
 def fit(

@@ -331,6 +331,13 @@ def test_numbers_of_a_transfer_set_are_refused(name, value):
     refused("run_boundary", name, value, surrogate="noise")
 
 
+@pytest.mark.parametrize("notebook", ["run_kd", "run_surrogate"])
+@pytest.mark.parametrize("value, why", [(0, "at least 1"), (3, "this machine has 2"), (2, "wrn_10_1, has BatchNorm")])
+def test_devices_that_are_not_there_or_cannot_share_a_step_are_refused(notebook, value, why, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert why in refused(notebook, "devices", value, device="cpu")
+
+
 def test_an_attack_is_one_of_two():
     assert "normalised, paper" in refused("run_boundary", "attack", "pgd")
 

@@ -59,7 +59,7 @@ def reads(function, *args, **settings) -> int:
 class MetaFabric:
     "What is used of Fabric, on the meta device."
 
-    device, autocast = META, nullcontext
+    device, autocast, global_rank, world_size = META, nullcontext, 0, 1
     _precision = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None, precision="32-true")
 
     def setup(self, model, optimizer):
@@ -67,6 +67,9 @@ class MetaFabric:
 
     def backward(self, loss):
         loss.backward()
+
+    def all_reduce(self, value):
+        return value
 
 
 def plain(optimizer):
