@@ -142,6 +142,7 @@ for (inversion, ipc), weights in OTHERS.items():
 for (inversion, ipc), kinds in MEASURED.items():
     for seed in range(8):
         add_alignment(f"alignment-{called(inversion)}-ipc{ipc}", kinds, seed, f"-p ipc {ipc}", inversion)
+MARGINS = ("low", "middle", "high")
 WEAKER = [("wrn_16_1", 1), ("wrn_16_1", 2), ("wrn_16_1", 3), ("wrn_16_1", 0), ("wrn_10_1", 0)]  # epochs; 0: the usual
 if NAME == "cpu":
     for layer in ("body.1", "body.2"):  # the outputs of the first two groups of blocks of a WRN-10-2
@@ -151,6 +152,10 @@ if NAME == "cpu":
         RUNS[f"first-run-seed{seed}"] = ("run_kd", f"-p ipc 10 -p seed {seed}")
         for name in ("shaders", "leaves", "noise"):  # sets that are poor for a teacher of digits
             RUNS[f"mnist-boundary-{name}-seed{seed}"] = ("run_boundary", f"-p surrogate {name} -p seed {seed}")
+        for name in ("shaders", "single_image"):  # which third of a set teaches best, by the teacher's margin
+            for margin in MARGINS:
+                given = f"-p surrogate {name} -p images 3000 -p margin {margin} -p seed {seed}"
+                RUNS[f"mnist-margin-{name}-{margin}-seed{seed}"] = ("run_surrogate", given)
         for model, epochs in WEAKER:  # does a weaker teacher do better where there are few images?
             given = f"-p teacher runs/mnist-{model}-{epochs}-{seed % 3}.safetensors -p arms random,condensed,full -p seed {seed}"
             for ipc in (1, 10):
@@ -239,6 +244,8 @@ for seed in range(SCALE["seeds"]):
     for name in ("original", "shaders", "leaves", "noise", "single_image"):  # the main table
         add_transfer("run_surrogate", f"surrogate-{name}", name, seed, MANY)
     add_transfer("run_surrogate", "surrogate-other-out", OTHER, seed, f"{MANY} -p part out")
+    for margin in MARGINS:  # a third of them, by the teacher's margin
+        add_transfer("run_surrogate", f"margin-other-out-{margin}", OTHER, seed, f"{MANY} -p part out -p margin {margin}")
     add_transfer("run_surrogate", "surrogate-other-in", OTHER, seed, "-p images 0 -p part in")  # these are fewer
     add_transfer("run_surrogate", "temperature-shaders", "shaders", seed, f"{MANY} -p temperature 2")  # each at the other's
     add_transfer("run_surrogate", "temperature-other-out", OTHER, seed, f"{MANY} -p part out -p temperature 20")

@@ -7,8 +7,8 @@ __all__ = ['MIXING', 'ALIGNING', 'TOLD', 'MAIN', 'TRIAL', 'DISC', 'FIRST', 'SETS
            'CONDITIONAL', 'OTHER', 'PAPER_A', 'ORIGINAL', 'SHADERS', 'PHOTOGRAPHS', 'LEAVES', 'NOISE', 'FEW', 'TAIL',
            'HARD', 'EXTREME', 'NEITHER', 'ORDER', 'POOR', 'BALANCE', 'POOR_ON_MNIST', 'BEFORE', 'ABLATION', 'STEPS',
            'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'judge', 'judged', 'of_arms',
-           'helps', 'attack', 'attack_mnist', 'longer', 'counted', 'opening', 'claims_table', 'short_table',
-           'plot_claims']
+           'helps', 'attack', 'attack_mnist', 'middle_margin', 'longer', 'counted', 'opening', 'claims_table',
+           'short_table', 'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -156,6 +156,13 @@ def attack_mnist(words, of, baseline) -> Claim:
     return Claim("B6", words, f"{of}, MNIST", *runs, None, "paper_b_attack", ceiling)
 
 
+def middle_margin(of, files, setting) -> Claim:
+    "That images of which the teacher is half sure teach better than ones near a boundary."
+    runs = (Runs(f"{files}margin-{of}-{part}-*") for part in ("middle", "low"))
+    words = "images a middle way from a boundary beat ones near it"
+    return Claim("B8", words, setting, *runs, None, "paper_b_ablation", None)
+
+
 def longer(teacher, setting) -> Claim:
     "That students of shaders gain more from 3 to 30 epochs than those of original images."
     kinds = (f"patience-{kind}-{teacher}" for kind in ("shaders", "original"))
@@ -190,6 +197,9 @@ PAPER_B = [
     longer("wrn_10_2", "WRN teacher"),
     longer("convnext_cifar", "ConvNeXt teacher"),
     longer("vit_cifar", "ViT teacher"),
+    middle_margin("shaders", "mnist-", "shaders, MNIST"),
+    middle_margin("single_image", "mnist-", "crops of a photograph, MNIST"),
+    middle_margin("other-out", "", "other photographs, CIFAR-10"),
 ]
 CLAIMS = PAPER_A + PAPER_B
 

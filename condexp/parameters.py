@@ -34,6 +34,7 @@ from .shaders import BACKENDS
 from .sources import SOURCES
 from .teachers import class_list, named_architectures, normalisation
 from .training import DEVICES, PRECISIONS
+from .quality import MARGINS
 from .transfer import PARTS, check_sampling
 
 # %% ../nbs/12_parameters.ipynb #cell-05
@@ -203,6 +204,7 @@ CHECKS: dict[str, Check] = {
     "augmentation": choice(AUGMENTATIONS),
     "attack": choice(ATTACKS),
     "sampling": sampling,
+    "margin": choice(MARGINS),
     "part": choice(PARTS),
     "backend": choice(BACKENDS),
     **dict.fromkeys(("mixup", "batch_statistics", "keep_warmup"), boolean),
@@ -420,6 +422,7 @@ class RunQuality(Run):
     surrogate: str
     images: int
     sampling: str
+    margin: str
     budget: float
     part: str
     related: str

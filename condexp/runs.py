@@ -31,6 +31,7 @@ from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, l
 from .models import make_classifier
 from .models import save_classifier
 from .parameters import Run, RunBoundary, RunCondense, RunDistil, RunQuality, RunSurrogate, RunTeacher
+from .quality import by_margin
 from .shaders import gl_context
 from .sources import SOURCES
 from .training import Schedule, accuracy, check_devices, default_schedule, make_fabric, on_device
@@ -336,7 +337,9 @@ def make_transfer_set(
     count = run.images or len(source)
     own = dict(programs=run.programs, backend=run.backend, shader_folder=run.shader_folder, photo=run.photo)
     own |= dict(inversion=run.inversion, term_weights=run.term_weights, inversion_steps=run.inversion_steps)
-    return transfer_set(source, teacher, count, run.seed, fabric, run.sampling, float(run.budget), **own)
+    how = run.sampling, float(run.budget)
+    made = transfer_set(source, teacher, count, run.seed, fabric, *how, **own)
+    return by_margin(made, teacher, fabric, run.margin)
 
 
 def set_name(run: RunQuality) -> str:
@@ -392,7 +395,7 @@ def make_control(
 ) -> ImageSet:
     "As many images of the source as an attack made, as far as there are, spread over the teacher's classes."
     count = min(len(attacked), len(attacked) if isinstance(source, str) else len(source))
-    control = replace(run, images=count, sampling="uniform")
+    control = replace(run, images=count, sampling="uniform", margin="any")
     return make_transfer_set(control, source, teacher, fabric)
 
 # %% ../nbs/13_runs.ipynb #cell-66

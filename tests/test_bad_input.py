@@ -314,7 +314,7 @@ def test_papermill_ends_with_the_sentence_and_leaves_no_record(tmp_path):
     assert not list(tmp_path.rglob("*.json")) and not [p for p in papermill.cache.rglob("*") if p.is_file()]
 
 
-NAMES_B = "dataset teacher student surrogate sampling part backend labels augmentation evaluate device precision mixup"
+NAMES_B = "dataset teacher student surrogate sampling margin part backend labels augmentation evaluate device precision mixup"
 NAMES_B += " batch_statistics"
 
 
