@@ -143,6 +143,7 @@ for (inversion, ipc), kinds in MEASURED.items():
     for seed in range(8):
         add_alignment(f"alignment-{called(inversion)}-ipc{ipc}", kinds, seed, f"-p ipc {ipc}", inversion)
 MARGINS = ("low", "middle", "high")
+SETS = dict(ipc1="-p ipc 1", ipc50="-p ipc 50", dsa="-p condenser dsa", mtt="-p condenser mtt", few="-p condenser random")
 WEAKER = [("wrn_16_1", 1), ("wrn_16_1", 2), ("wrn_16_1", 3), ("wrn_16_1", 0), ("wrn_10_1", 0)]  # epochs; 0: the usual
 if NAME == "cpu":
     for layer in ("body.1", "body.2"):  # the outputs of the first two groups of blocks of a WRN-10-2
@@ -150,6 +151,8 @@ if NAME == "cpu":
             add_alignment(f"layer-{layer}", {0.3: ["conditional"]}, seed, f"-p ipc 10 -p layer {layer}", WITHOUT_BN)
     for seed in range(5):  # the README's main job, on MNIST
         RUNS[f"first-run-seed{seed}"] = ("run_kd", f"-p ipc 10 -p seed {seed}")
+        for name, given in SETS.items():  # with other condensed sets, and a few real images
+            RUNS[f"mnist-{name}-seed{seed}"] = ("run_kd", f"{given} -p arms condensed,mixed,expanded,full -p seed {seed}")
         for name in ("shaders", "leaves", "noise"):  # sets that are poor for a teacher of digits
             RUNS[f"mnist-boundary-{name}-seed{seed}"] = ("run_boundary", f"-p surrogate {name} -p seed {seed}")
         for name in ("shaders", "single_image"):  # which third of a set teaches best, by the teacher's margin

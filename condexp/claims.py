@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['MIXING', 'ALIGNING', 'TOLD', 'MAIN', 'TRIAL', 'DISC', 'FIRST', 'SETS', 'BN', 'FULL', 'FULL_100', 'MIX', 'ALIGN',
-           'CONDITIONAL', 'OTHER', 'PAPER_A', 'ORIGINAL', 'SHADERS', 'PHOTOGRAPHS', 'LEAVES', 'NOISE', 'FEW', 'TAIL',
-           'HARD', 'EXTREME', 'NEITHER', 'ORDER', 'POOR', 'BALANCE', 'POOR_ON_MNIST', 'BEFORE', 'ABLATION', 'STEPS',
-           'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'judge', 'judged', 'of_arms',
-           'helps', 'attack', 'attack_mnist', 'middle_margin', 'longer', 'counted', 'opening', 'claims_table',
-           'short_table', 'plot_claims']
+           'CONDITIONAL', 'OTHER', 'PAPER_A', 'ON_MNIST', 'ORIGINAL', 'SHADERS', 'PHOTOGRAPHS', 'LEAVES', 'NOISE',
+           'FEW', 'TAIL', 'HARD', 'EXTREME', 'NEITHER', 'ORDER', 'POOR', 'BALANCE', 'POOR_ON_MNIST', 'BEFORE',
+           'ABLATION', 'STEPS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'judge',
+           'judged', 'of_arms', 'helps', 'attack', 'attack_mnist', 'middle_margin', 'longer', 'counted', 'opening',
+           'claims_table', 'short_table', 'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -132,6 +132,17 @@ PAPER_A += [
     helps("A6", "with MTT's images", "Fast", "kd-fast-wrn-mtt10-*", SETS),
     helps("A6", "with DSA's images", "Fast", "kd-fast-wrn-dsa10-*", SETS),
     helps("A7", "with 10 real images", "Fast", "kd-fast-wrn-random10-*", "paper_a_few_shot"),
+]
+ON_MNIST = {
+    "ipc1": ("A4", "at 1 image per class"),
+    "ipc50": ("A5", "at 50 per class"),
+    "mtt": ("A6", "with MTT's images"),
+    "dsa": ("A6", "with DSA's images"),
+    "few": ("A7", "with 10 real images"),
+}
+PAPER_A += [
+    of_arms(name, f"alignment helps {words}", "Fast, MNIST", f"mnist-{run}-seed*", *ALIGN[:2], None, FIRST)
+    for run, (name, words) in ON_MNIST.items()
 ]
 
 # %% ../nbs/17_claims.ipynb #cell-15
