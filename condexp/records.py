@@ -277,10 +277,16 @@ def verdict(
     low, high = interval(test)
     if high < 0:
         return "opposite"
+    if low > 0 and paper is None:
+        return "seen"
     if low > 0:
-        return "reproduced" if paper is None or test["difference"] >= paper / 2 else "direction only"
+        return "reproduced" if test["difference"] >= paper / 2 else "direction only"
     needed = (high - low) / 2 if paper is None else paper
-    return "not seen, little room" if room < needed else "not seen, with room"
+    if math.isinf(room):  # a difference without a ceiling
+        return "not seen"
+    if room < needed:
+        return "not seen, little room"
+    return "undecided" if paper is not None and paper <= high else "not seen, with room"
 
 # %% ../nbs/11_records.ipynb #cell-21
 def best_baseline(
@@ -643,7 +649,7 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
     chance = abs(distances["inversion"][few] - a) if "inversion" in distances else 0.0
     where = "nearer to the real images than" if b < a else "farther from the real images than"
     where = "about as near to the real images as" if abs(b - a) <= chance else where
-    doubt = f" (the two sets without alignment differ by {chance:.1f})" if chance else ""
+    doubt = f" (`inversion` and `mixed`, neither of them aligned, differ by {chance:.1f})" if chance else ""
     intended = distances["expanded"]["intended_accuracy"]
     lines = [
         f"In the teacher's features the aligned synthetic images lie {where} those without alignment: "
