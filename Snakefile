@@ -268,7 +268,7 @@ for seed in range(SCALE["seeds"]):
 
 TABLES = ["first_run", "a_main", "a_trial", "a_ipc", "a_condensation", "a_discriminator", "a_few_shot", "a_cost"]
 TABLES += ["b_main", "b_entropy", "b_ablation", "b_attack", "b_patience", "b_cost"]
-FROM_RECORDS = [*TABLES, "datafree", "d_predict", "speed", "claims"]  # pages that read nothing but records
+FROM_RECORDS = [*TABLES, "datafree", "d_predict", "d_questions", "speed", "claims"]  # pages that read nothing but records
 SMOKE = {  # every run notebook, tiny
     "run_teacher": "-p epochs 2 -p output runs/smoke/teacher.safetensors",
     "run_condense": "-p condenser herding -p ipc 2 -p epochs 2 -p steps 5",
