@@ -171,7 +171,8 @@ def attack_mnist(words, of, baseline) -> Claim:
     "The same for a teacher of digits; `baseline` is a set of the same runs."
     runs = (Runs(f"mnist-boundary-{of}-*", name) for name in (f"{of}, attacked", baseline))
     ceiling = Runs("first-run-*", "full")
-    return Claim("B6", words, f"{of}, MNIST", *runs, None, "paper_b_attack", ceiling)
+    setting = f"{of}, MNIST" + "; fewer images" * baseline.endswith("control")
+    return Claim("B6", words, setting, *runs, None, "paper_b_attack", ceiling)
 
 
 def middle_margin(of, files, setting) -> Claim:

@@ -6,7 +6,7 @@
 __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'BATCHES', 'AT_LEAST', 'GROWTH', 'INVERSION', 'TWO_TERMS', 'ALIGNMENT',
            'kd_loss', 'as_bytes', 'SyntheticSet', 'Method', 'check_values', 'Distillation', 'batch_statistics',
            'check_batchnorm', 'shuffled', 'student_accuracy', 'estimate_statistics', 'student_loss', 'student_step',
-           'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages', 'make_synthesis',
+           'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages', 'make_synthesis', 'share',
            'Distiller', 'measure_of', 'timed_epoch', 'pool_quality', 'MethodResult', 'run_method', 'student_path',
            'save_method', 'load_method', 'distil']
 
@@ -101,12 +101,6 @@ class SyntheticSet:
         among = range(self.count) if among is None else among
         index = torch.randint(among.start, among.stop, (n,), device=self.images.device)
         return self.images.index_select(0, index).float().div_(255)
-
-    def share(self, fabric: Fabric) -> None:
-        "Where several processes work together, have the synthetic images of the first."
-        if fabric.world_size > 1:
-            torch.distributed.broadcast(self.images[self.start : self.count], 0)
-            torch.distributed.broadcast(self.labels[: len(self)], 0)
 
     def as_set(self, **provenance) -> ImageSet:
         "The synthetic images as an `ImageSet` with its own provenance."
@@ -457,6 +451,13 @@ def make_synthesis(
     alignment = make_alignment(chosen, teacher, transfer, augment, fabric, seed)
     return Synthesis(settings, teacher, student, alignment, fabric, seed)
 
+# %% ../nbs/07_kd.ipynb #share-1
+def share(images: SyntheticSet, fabric: Fabric) -> None:
+    "Where several processes work together, give all of them the synthetic images of the first."
+    if fabric.world_size > 1:
+        torch.distributed.broadcast(images.images[images.start : images.count], 0)
+        torch.distributed.broadcast(images.labels[: len(images)], 0)
+
 # %% ../nbs/07_kd.ipynb #cell-21
 class Distiller:
     "One method in progress: a student, and the set it learns from, which grows (Paper A, joint loop)."
@@ -488,7 +489,7 @@ class Distiller:
     def synthesize(self, epoch: int) -> dict:
         "This epoch's synthetic images; returns the inversion's losses."
         made = self.synthesis.extend(self.images, epoch) if self.synthesis else {}
-        self.images.share(self.fabric)
+        share(self.images, self.fabric)
         return made
 
     def train_student(self) -> float:
