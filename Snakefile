@@ -142,6 +142,16 @@ for (inversion, ipc), weights in OTHERS.items():
 for (inversion, ipc), kinds in MEASURED.items():
     for seed in range(8):
         add_alignment(f"alignment-{called(inversion)}-ipc{ipc}", kinds, seed, f"-p ipc {ipc}", inversion)
+BATCHES = {  # what a step learns from: chosen on the validation split, for `mixed` and `expanded` alike
+    "proportional": "-p batches proportional",
+    "two_terms-w0.3": "-p batches two_terms -p condensed_weight 0.3",
+    "two_terms-w1": "-p batches two_terms -p condensed_weight 1",
+}
+for ipc in (10, 1, 50):
+    for name, given in BATCHES.items():
+        for seed in range(3):
+            more = f"-p evaluate validation -p arms mixed,expanded -p ipc {ipc} -p seed {seed} {given}"
+            add("run_kd", f"batches-ipc{ipc}-{name}-seed{seed}", f"{networks(first)} {method('fast')} {more}")
 MARGINS = ("low", "middle", "high")
 SETS = dict(ipc1="-p ipc 1", ipc50="-p ipc 50", dsa="-p condenser dsa", mtt="-p condenser mtt", few="-p condenser random")
 WEAKER = [("wrn_16_1", 1), ("wrn_16_1", 2), ("wrn_16_1", 3), ("wrn_16_1", 0), ("wrn_10_1", 0)]  # epochs; 0: the usual
