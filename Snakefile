@@ -159,6 +159,12 @@ if NAME == "cpu":
     for layer in ("body.1", "body.2"):  # the outputs of the first two groups of blocks of a WRN-10-2
         for seed in range(8):
             add_alignment(f"layer-{layer}", {0.3: ["conditional"]}, seed, f"-p ipc 10 -p layer {layer}", WITHOUT_BN)
+    for seed in range(3):  # what else the gallery compares with the README's main job, after as many steps
+        given = f"-p epochs 16 -p seed {seed}"
+        for name in ("shaders", "noise", "single_image"):
+            RUNS[f"gallery-{name}-seed{seed}"] = ("run_surrogate", f"-p surrogate {name} -p images 1024 {given}")
+        RUNS[f"gallery-leaves-seed{seed}"] = ("run_boundary", f"-p surrogate leaves {given}")
+        RUNS[f"gallery-nayer-seed{seed}"] = ("run_kd", f"-p inversion nayer -p arms inversion {given}")
     for seed in range(5):  # the README's main job, on MNIST
         RUNS[f"first-run-seed{seed}"] = ("run_kd", f"-p ipc 10 -p seed {seed}")
         for name, given in SETS.items():  # with other condensed sets, and a few real images

@@ -26,12 +26,12 @@ CARDS = {  # thumbnails: what they are called, the records of their students, th
     "mnist, inversion": ("inverted (Fast)", "first-run-*", "inversion"),
     "mnist, mixed": ("condensed and inverted", "first-run-*", "mixed"),
     "mnist, expanded": ("expanded: aligned, too", "first-run-*", "expanded"),
-    "mnist, nayer": ("inverted (NAYER)", "datafree-only-nayer-*", None),
-    "mnist, single_image": ("crops of one photograph", "datafree-only-single_image-*", None),
-    "mnist, noise": ("noise", "datafree-only-noise-*", None),
-    "mnist, shaders": ("shaders", "datafree-only-shaders-*", None),
-    "mnist, leaves": ("dead leaves", "run_boundary", "leaves"),
-    "mnist, attacked": ("dead leaves, attacked", "run_boundary", "leaves, attacked"),
+    "mnist, nayer": ("inverted (NAYER)", "gallery-nayer-*", None),
+    "mnist, single_image": ("crops of one photograph", "gallery-single_image-*", None),
+    "mnist, noise": ("noise", "gallery-noise-*", None),
+    "mnist, shaders": ("shaders", "gallery-shaders-*", None),
+    "mnist, leaves": ("dead leaves", "gallery-leaves-*", "leaves"),
+    "mnist, attacked": ("dead leaves, attacked", "gallery-leaves-*", "leaves, attacked"),
 }
 
 
@@ -55,18 +55,19 @@ def sheet(images: torch.Tensor) -> torch.Tensor:
 
 def draw() -> None:
     "One card for each kind."
-    pictures = load_file(THUMBNAILS)
+    pictures, steps = load_file(THUMBNAILS), set()
     figure, axes = plt.subplots(3, 4, figsize=(10, 4.6), layout="constrained")
     for ax, (name, (words, files, kind)) in zip(axes.flat, CARDS.items(), strict=True):
         runs = read_records(REPORTS / "records", f"{files}.json")
         runs = runs if kind is None else runs[runs.set == kind]
-        accuracy, seeds = runs.accuracy.mean(), runs.seed.nunique()
+        steps.update(runs.steps)
         ax.imshow(sheet(pictures[name]))
         ax.set_axis_off()
-        said = f"{accuracy:.1f} %, {runs.steps.iloc[0]:,} steps" + (f", {seeds} seeds" if seeds > 1 else "")
-        ax.set_title(f"{words}\n{said}", fontsize=10)
+        ax.set_title(f"{words}\n{runs.accuracy.mean():.1f} %, {runs.seed.nunique()} seeds", fontsize=10)
     teacher = read_records(REPORTS / "records", "first-run-*.json").teacher_accuracy.mean()
-    figure.suptitle(f"Accuracy of the student that saw only these (its teacher: {teacher:.1f} %)", fontsize=10)
+    (each,) = steps  # as many for all
+    said = f"Accuracy of the student that saw only these, after {each:,} steps (its teacher: {teacher:.1f} %)"
+    figure.suptitle(said, fontsize=10)
     figure.savefig(REPORTS / "gallery.png", dpi=100)
 
 
