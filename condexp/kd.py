@@ -241,7 +241,7 @@ def check_batchnorm(teacher: Classifier) -> None:
     if not batchnorm_layers(teacher):
         invalid("batch_statistics", True, f"the teacher, {teacher.spec.name}, has no BatchNorm layers")
 
-
+# %% ../nbs/07_kd.ipynb #bs-08
 def shuffled(images: ImageSet) -> ImageSet:
     "The images in an order that is random and always the same."
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
@@ -256,7 +256,7 @@ def student_accuracy(student: Classifier, images: ImageSet, settings: Distillati
     with batch_statistics(student):
         return accuracy(student, shuffled(images), fabric, size)
 
-
+# %% ../nbs/07_kd.ipynb #bs-10
 def estimate_statistics(model: Classifier, images: ImageSet, fabric: Fabric) -> None:
     "Make the BatchNorm layers remember the statistics of `images`."
     images = shuffled(on_device(images, fabric))
@@ -278,7 +278,7 @@ def student_loss(
         return F.cross_entropy(student(x), wanted.argmax(1))
     return kd_loss(student(x), wanted, settings.temperature, settings.direction)
 
-
+# %% ../nbs/07_kd.ipynb #step-1
 def student_step(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
@@ -513,7 +513,7 @@ def measure_of(test: ImageSet) -> str:
     "What a student's score on a set is: accuracy, or agreement where the teacher gave the labels."
     return "agreement" if test.provenance.get("labels") == "teacher" else "accuracy"
 
-
+# %% ../nbs/07_kd.ipynb #timed-1
 def timed_epoch(distiller: Distiller, epoch: int, test: ImageSet) -> dict[str, float]:
     "Take one epoch, the first one after warming up: losses, synthetic images so far, score, seconds."
     times = [time.perf_counter()]
@@ -562,9 +562,7 @@ class MethodResult:
 
     method: str  # its name
     accuracy: float  # percent of the test split, after the last epoch; see `measure`
-    history: list[
-        dict
-    ]  # an entry per epoch: loss, accuracy or agreement, synthetic images, the inversion's terms, seconds
+    history: list[dict]  # an entry per epoch: loss, accuracy or agreement, images, inversion's terms, seconds
     distances: dict[str, float]  # of `pool_quality`; empty without synthetic images
     seconds: dict[str, float]  # warmup (of a generator), synthesis, student
     images: int  # different images the student could draw from
