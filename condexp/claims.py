@@ -8,7 +8,7 @@ __all__ = ['NAMED', 'PAIRS', 'MAIN_RUNS', 'BN', 'COMPARED', 'MIXING', 'A1', 'ALI
            'LEAVES', 'NOISE', 'STEPS', 'B1', 'FEW', 'TAIL', 'HARD', 'EXTREME', 'NEITHER', 'ABLATION', 'B3', 'POOR',
            'BALANCE', 'DIGITS', 'BEFORE', 'B6', 'TEACHERS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows',
            'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'few_images', 'attack', 'attack_mnist', 'longer',
-           'middle_margin', 'counted', 'opening', 'claims_table', 'short_table', 'plot_claims']
+           'middle_margin', 'counted', 'opening', 'claims_table', 'by_setting', 'short_table', 'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -277,7 +277,19 @@ def _row(r) -> str:
     page = f"[{r.page}]({r.page}.ipynb)"
     return f"| {r.claim} | {r.words}: {r.setting} | {paper} | {ours} | {room} | {found} | {page} |"
 
-# %% ../nbs/17_claims.ipynb #cell-23
+# %% ../nbs/17_claims.ipynb #short-2
+def by_setting(part: pd.DataFrame, most: int = 5) -> str:
+    "The differences of a claim's settings, or where they lie if there are more than `most`."
+    number = lambda r: f"**{points(r.difference)}**" if r.low * r.high > 0 else points(r.difference)
+    if len(part) <= most:
+        return "; ".join(f"{r.setting} {number(r)}" for r in part.itertuples())
+    significant = part[part.low * part.high > 0]
+    bounds = [number(r) for r in part.sort_values("difference").iloc[[0, -1]].itertuples()]
+    above = f"{(significant.low > 0).sum()} significantly above zero"
+    below = f", {n} below" if (n := (significant.high < 0).sum()) else ""
+    return f"{' to '.join(bounds)} in {len(part)} settings, {above}{below}"
+
+# %% ../nbs/17_claims.ipynb #short-4
 def short_table(table: pd.DataFrame) -> str:
     "Claims as a table in Markdown, a row for each claim with all its settings."
     head = ["| | claim | paper | ours, by setting | verdicts |", "|" + " --- |" * 5]
@@ -286,12 +298,10 @@ def short_table(table: pd.DataFrame) -> str:
 
 
 def _short_row(name: str, words: str, part: pd.DataFrame) -> str:
-    number = lambda r: f"**{points(r.difference)}**" if r.low * r.high > 0 else points(r.difference)
-    ours = "; ".join(f"{r.setting} {number(r)}" for r in part.itertuples())
     papers = part.paper.dropna().unique()
     paper = f"{papers[0]:+g}" if len(papers) == 1 else "–" if len(papers) == 0 else "see page"
     page = f"[{words}]({part.page.iloc[0]}.ipynb)"
-    return f"| {name} | {page} | {paper} | {ours} | {counted(part.verdict)} |"
+    return f"| {name} | {page} | {paper} | {by_setting(part)} | {counted(part.verdict)} |"
 
 # %% ../nbs/17_claims.ipynb #cell-26
 _BLIND = sns.color_palette("colorblind").as_hex()
