@@ -66,7 +66,7 @@ def commit_of(file: Path) -> str:  # "unknown" where git is not installed, or do
         return "unknown"
     return commit if tracked and commit else "unknown"
 
-
+# %% ../nbs/11_records.ipynb #cell-89da26
 def peak_memory(fabric: Fabric) -> int:  # megabytes; 0 where the system does not tell
     "The most memory that this process has held at once: the GPU's where it runs on one."
     if fabric.device.type == "cuda":
@@ -107,7 +107,7 @@ def write_record(
     write_atomic(Path(path), lambda tmp: tmp.write_text(text))
     return record
 
-
+# %% ../nbs/11_records.ipynb #cell-418880
 def json_safe(value):
     "Plain values as JSON has them: numbers that are infinite or undefined are null."
     if isinstance(value, dict):
@@ -137,6 +137,8 @@ OLD_VALUES = {  # of parameters
     "sampling": {"asis": "none"},
     "evaluate": {"minival": "validation"},
 }
+
+# %% ../nbs/11_records.ipynb #cell-218f7c
 OLD_ALIGNMENTS = {
     "noise": "instance_noise",
     "one_view": "no_augmentation",
@@ -153,7 +155,7 @@ def told(name: str, weights: dict[str, float]) -> str:
         f"{name} ({', '.join(f'{term} {w:g}'.strip() for term, w in weights.items())})" if weights else name
     )
 
-
+# %% ../nbs/11_records.ipynb #cell-0b91b8
 def today(record: dict) -> dict:
     "A record under today's names."
     renamed = {k: {n: _today(row) for n, row in record.get(k, {}).items()} for k in ("quality", "distances")}
@@ -204,7 +206,7 @@ def record_rows(record: dict, file: str) -> list[dict]:
         rows.append(common | measured | own | {"set": shown, "accuracy": value})
     return rows
 
-
+# %% ../nbs/11_records.ipynb #cell-b94c4a
 def schedule_text(record: dict) -> str:
     "How long and in which precision a record's students were trained."
     settings, precision = record["settings"], record["environment"]["precision"]
@@ -265,7 +267,7 @@ def interval(test: dict) -> tuple[float, float]:
     half = t.ppf(0.975, test["seeds"] - 1) * test["error"] if test["seeds"] > 1 else math.nan
     return test["difference"] - half, test["difference"] + half
 
-
+# %% ../nbs/11_records.ipynb #cell-453da5
 def verdict(
     test: dict,  # of `paired`
     room: float,  # points from the baseline to the ceiling
@@ -296,7 +298,7 @@ def best_baseline(
     means = table[table.set.isin(baselines)].groupby("set")[value].mean()
     return {"baseline": means.idxmax()} | paired(table, method, means.idxmax(), value)
 
-
+# %% ../nbs/11_records.ipynb #cell-e4f82f
 def describe_scale(table: pd.DataFrame) -> list[str]:
     "At what scale the records of a table were made: a line for each data set, size and schedule."
     seeds = table.groupby(["dataset", "size", "schedule"], sort=False).seed.nunique()
@@ -314,12 +316,12 @@ def paired_table(
     words |= {"difference": "difference (points)"}
     return table.drop(columns=["error", "p"]).rename(columns=words).style.format(precision=2).hide()
 
-
+# %% ../nbs/11_records.ipynb #cell-703796
 def points(value: float) -> str:
     "A difference as it is read."
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # no minus before nought
 
-
+# %% ../nbs/11_records.ipynb #cell-e160a5
 def interval_text(test: dict) -> str:
     "A mean difference of `paired` with its 95 % interval, which a single seed does not have."
     ends = " to ".join(map(points, interval(test)))
@@ -335,6 +337,8 @@ METHOD_COLOURS = dict(
     )
 )
 METHOD_MARKERS = dict(zip(METHOD_ORDER, "sDvoPX^", strict=True))
+
+# %% ../nbs/11_records.ipynb #cell-204304
 PAPER_LABELS = {  # of Paper A's tables
     "condensed": "CS",
     "inversion": "Fast",
@@ -383,19 +387,12 @@ def plot_students(
 def plot_discriminators(histories: dict[str, list[dict]], title: str = "") -> Figure:
     "How often discriminators are right about condensed (real) and synthetic (fake) features, epoch by epoch."
     figure, ax = plt.subplots(figsize=(7.5, 3), layout="constrained")
-    for (name, history), colour in zip(
-        histories.items(), sns.color_palette("colorblind", len(histories)), strict=True
-    ):
+    colours = sns.color_palette("colorblind", len(histories))
+    for (name, history), colour in zip(histories.items(), colours, strict=True):
+        epochs = [h["epoch"] for h in history]
         for side, text, style in (("d_real", "condensed", "o-"), ("d_fake", "synthetic", "s--")):
             right = [100 * h[side] for h in history]
-            ax.plot(
-                [h["epoch"] for h in history],
-                right,
-                style,
-                color=colour,
-                label=f"{name}: on {text}",
-                markersize=5,
-            )
+            ax.plot(epochs, right, style, color=colour, label=f"{name}: on {text}", markersize=5)
     ax.axhline(50, color="0.4", linestyle=":", label="guessing")
     ax.set(xlabel="epoch", ylabel="discriminator is right (%)", ylim=(0, 103), title=title)
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -428,6 +425,16 @@ def tsne_plane(
     plane = cached("tsne", config, compute, save, lambda path: load_tensors(path)[0]["plane"])
     return dict(zip(sets, plane.split([len(s) for s in sets.values()]), strict=True))
 
+# %% ../nbs/11_records.ipynb #cell-7d0401
+def _panels(count: int, columns: int, width: float, height: float, **shared) -> tuple[Figure, list[Axes]]:
+    "A figure of `count` panels, so many inches each, in rows of `columns`; the last row may be shorter."
+    rows = -(-count // columns)
+    size = width * columns, height * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **shared)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, list(axes.flat[:count])
+
 # %% ../nbs/11_records.ipynb #cell-34
 def plot_tsne(
     sets: dict[str, ImageSet],  # name -> images; the first is drawn in grey behind all others
@@ -442,14 +449,8 @@ def plot_tsne(
     }
     plane, (behind, first) = tsne_plane(thin, teacher, fabric), next(iter(thin.items()))
     each, far = frechet_to_first(sets, teacher, fabric)
-    columns = min(3, len(thin))
-    rows = -(-len(thin) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(3.4 * columns, 3.3 * rows), squeeze=False, layout="constrained"
-    )
-    for ax in axes.flat[len(thin) :]:
-        ax.remove()
-    for ax, (name, s) in zip(axes.flat, thin.items(), strict=False):
+    figure, panels = _panels(len(thin), min(3, len(thin)), width=3.4, height=3.3)
+    for ax, (name, s) in zip(panels, thin.items(), strict=True):
         ax.scatter(*plane[behind].T, s=5, color="0.85")
         ax.scatter(*plane[name].T, s=7, color=_class_colours(s))
         ax.set(xticks=[], yticks=[])
@@ -479,7 +480,7 @@ def _class_colours(s: ImageSet) -> list:
     palette = safe if s.num_classes <= 10 else sns.color_palette("viridis", s.num_classes)
     return [palette[label] for label in s.hard_labels.tolist()]
 
-
+# %% ../nbs/11_records.ipynb #cell-670101
 def _name_classes(ax, points: torch.Tensor, s: ImageSet) -> None:
     "Write each class's name in the middle of its points, if there are few."
     labels = s.hard_labels.cpu()
@@ -493,7 +494,7 @@ def mean_interval(values: pd.Series) -> tuple[float, float]:
     "The 95 % interval of a mean over seeds, by Student's t; seaborn takes it as `errorbar`."
     return interval(dict(difference=values.mean(), error=values.sem(), seeds=len(values)))
 
-
+# %% ../nbs/11_records.ipynb #cell-d2f257
 def plot_methods(
     table: pd.DataFrame,  # of `read_records`
     y: str,  # the column whose values are the rows of a panel
@@ -503,29 +504,25 @@ def plot_methods(
     "Accuracies of all methods: points are means over seeds, bars their 95 % intervals."
     methods, levels = [m for m in METHOD_ORDER if m in set(table.set)], sorted(set(table[y]))
     panels = table.groupby([row, col] if row else [col], sort=False)
-    columns = table[col].nunique()
-    rows = -(-len(panels) // columns)
-    size = 4.7 * columns, rows * (0.7 + 0.2 * (len(methods) + 1) * len(levels))
-    shape = dict(figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
-    figure, axes = plt.subplots(rows, columns, **shape)
-    for ax in axes.flat[len(panels) :]:
-        ax.remove()
+    height = 0.7 + 0.2 * (len(methods) + 1) * len(levels)
+    shape = dict(width=4.7, height=height, sharex=True, sharey=True)
+    figure, axes = _panels(len(panels), table[col].nunique(), **shape)
     steps = {name: (i + 1) / (len(methods) + 1) - 0.5 for i, name in enumerate(methods)}
     places = {(level, name): i + step for i, level in enumerate(levels) for name, step in steps.items()}
     named = []
-    for ax, (key, part) in zip(axes.flat, panels, strict=False):
+    for ax, (key, part) in zip(axes, panels, strict=True):
         named.append(_draw_methods(ax, part.groupby([y, "set"]).accuracy, places))
         ax.set_title(", ".join(map(str, key)), fontsize=10)
         ax.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(range(len(levels)), levels)
-    axes[0, 0].set_ylim(len(levels) - 0.5, -0.5)
-    _name_methods(axes[0, 0], named[0])
+    axes[0].set_yticks(range(len(levels)), levels)
+    axes[0].set_ylim(len(levels) - 0.5, -0.5)
+    axes[0].set_ylabel(y)
+    _name_methods(axes[0], named[0])
     figure.supxlabel("student accuracy (%; bars: 95 % interval)", fontsize=10)
-    axes[0, 0].set_ylabel(y)
     plt.close(figure)
     return figure
 
-
+# %% ../nbs/11_records.ipynb #cell-b946dc
 def _draw_methods(ax: Axes, groups, places: dict) -> dict[str, tuple[float, pd.Series]]:
     "Means and intervals of accuracies at their places; returns each method's uppermost."
     uppermost = {}
@@ -536,7 +533,7 @@ def _draw_methods(ax: Axes, groups, places: dict) -> dict[str, tuple[float, pd.S
         uppermost.setdefault(name, (at, found))
     return uppermost
 
-
+# %% ../nbs/11_records.ipynb #cell-9e4ecb
 def _name_methods(ax: Axes, uppermost: dict[str, tuple[float, pd.Series]]) -> None:
     "Write each method's name beside its uppermost interval, on the side that has more room."
     middle = sum(ax.get_xlim()) / 2
@@ -553,7 +550,7 @@ def scores(record: dict) -> tuple[dict[str, float], str, str]:
         return record["agreement"], "agreement with the teacher", record["probe"]
     return record["accuracy"], "student accuracy", "the test images"
 
-
+# %% ../nbs/11_records.ipynb #cell-d303df
 def agreement_in_words(record: dict) -> str:
     "How often students agree with their teacher, on which images, and what that cannot say."
     agreement, _, probe = scores(record)
@@ -563,17 +560,15 @@ def agreement_in_words(record: dict) -> str:
     return (
         "There is no data of the task. Student and teacher agree on this share of "
         f"{n:,} {probe} (95 % interval): {students}. "
-        "No student has seen these images. The number compares students of one teacher. It is no "
-        "accuracy: the "
-        "teacher is sure of inverted images, and on real ones a student may agree with it far less often."
+        "No student has seen these images. The number compares students of one teacher. It is no accuracy: "
+        "the teacher is sure of inverted images, and on real ones a student may agree with it far less often."
     )
 
-
+# %% ../nbs/11_records.ipynb #cell-4710ce
 BATCH_STATISTICS = (
-    "BatchNorm used the statistics of each batch, in the test of the student too. A student that sees "
-    "one image at "
-    "a time first needs `condexp.kd.estimate_statistics(student, images, fabric)` with images like those "
-    "it will see."
+    "BatchNorm used the statistics of each batch, in the test of the student too. A student that sees one "
+    "image at a time first needs `condexp.kd.estimate_statistics(student, images, fabric)` with images like "
+    "those it will see."
 )
 
 
@@ -594,7 +589,7 @@ def chance_gap(a: float, b: float, n: int) -> float:
     "How far two accuracies in percent may lie apart by the choice of `n` test images (95 %)."
     return 196 * math.sqrt(sum(p * (1 - p) for p in (a / 100, b / 100)) / n)
 
-
+# %% ../nbs/11_records.ipynb #cell-cac08b
 def in_words(record: dict) -> str:
     "The scores of one record as a few sentences of Markdown."
     record = today(record)
@@ -663,7 +658,7 @@ def _distances_in_words(distances: dict[str, dict[str, float]]) -> list[str]:
         )
     return lines
 
-
+# %% ../nbs/11_records.ipynb #cell-4ab740
 def fair_frechet(distances: dict[str, dict[str, float]]) -> str:
     "The Fréchet distance that all sets of a record have: of ten images per class, or of one."
     return "frechet_10" if all("frechet_10" in d for d in distances.values()) else "frechet_1"
@@ -706,24 +701,10 @@ def method_table(record: dict) -> pd.DataFrame:
 # %% ../nbs/11_records.ipynb #cell-47
 def plot_accuracies(record: dict) -> Figure:
     "The methods' scores as dots with intervals, the teacher's accuracy as a line; the axis is cut to them."
-    (accuracy, measure, of), n = scores(record), record.get("test_images")
+    accuracy, measure, of = scores(record)
     figure, ax = plt.subplots(figsize=(7.5, 1 + 0.36 * len(accuracy)), layout="constrained")
     for y, (name, value) in enumerate(accuracy.items()):
-        low, high = wilson(value, n) if n else (value, value)
-        style = dict(
-            color=METHOD_COLOURS.get(name, "0.4"), marker=METHOD_MARKERS.get(name, "o"), markersize=8
-        )
-        ax.errorbar(
-            value,
-            y,
-            xerr=[[max(0, value - low)], [max(0, high - value)]],
-            linestyle="none",
-            capsize=3,
-            **style,
-        )
-        ax.annotate(
-            f"{value:.1f}", (max(high, value), y), (6, 0), textcoords="offset points", va="center", fontsize=9
-        )
+        _draw_score(ax, y, name, value, record.get("test_images"))
     if not record.get("agreement"):
         ax.axvline(record["teacher_accuracy"], color="0.3", linestyle=":")
         place = dict(textcoords="offset points", ha="right", fontsize=8)
@@ -733,3 +714,13 @@ def plot_accuracies(record: dict) -> Figure:
     ax.margins(x=0.12)
     plt.close(figure)
     return figure
+
+# %% ../nbs/11_records.ipynb #cell-e4ffc3
+def _draw_score(ax: Axes, y: int, name: str, value: float, n: int | None) -> None:
+    "A method's score as a dot with its number, and with its interval if the number of images is known."
+    low, high = wilson(value, n) if n else (value, value)
+    ends = [[max(0, value - low)], [max(0, high - value)]]
+    look = dict(color=METHOD_COLOURS.get(name, "0.4"), marker=METHOD_MARKERS.get(name, "o"), markersize=8)
+    ax.errorbar(value, y, xerr=ends, linestyle="none", capsize=3, **look)
+    place = dict(textcoords="offset points", va="center", fontsize=9)
+    ax.annotate(f"{value:.1f}", (max(high, value), y), (6, 0), **place)
