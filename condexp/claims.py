@@ -144,7 +144,7 @@ KINDS = {  # claim, what the few images are, files of photographs, their page
     "ipc50": ("A5", "at 50 per class", "kd-fast-wrn-dm50-*", "paper_a_ipc"),
     "mtt": ("A6", "with MTT's images", "kd-fast-wrn-mtt10-*", "paper_a_condensation"),
     "dsa": ("A6", "with DSA's images", "kd-fast-wrn-dsa10-*", "paper_a_condensation"),
-    "few": ("A7", "with 10 real images", "kd-fast-wrn-random10-*", "paper_a_few_shot"),
+    "few": ("A7", "with 10 real images per class", "kd-fast-wrn-random10-*", "paper_a_few_shot"),
 }
 
 
@@ -184,7 +184,7 @@ ABLATION = {  # claim: method, baseline, the paper's difference
 B3 = [Claim(*key, "shaders", *runs, "paper_b_ablation", ORIGINAL) for key, runs in ABLATION.items()]
 
 # %% ../nbs/17_claims.ipynb #b6-2
-POOR, BALANCE = "the attack makes a poor set good", "more than balance alone does"
+POOR, BALANCE = "the attack makes a poor set good", "more than the filter reaches without it"
 
 
 def attack(words, setting, of, baseline, paper) -> Claim:
@@ -221,7 +221,7 @@ def longer(teacher, setting) -> Claim:
 def middle_margin(of, files, setting) -> Claim:
     "That images of which the teacher is half sure teach better than ones near a boundary."
     runs = (Runs(f"{files}margin-{of}-{part}-*") for part in ("middle", "low"))
-    words = "images a middle way from a boundary beat ones near it"
+    words = "images a middle way from a boundary beat ones near it (neither paper's)"
     return Claim("B8", words, setting, *runs, None, "paper_b_ablation", None)
 
 # %% ../nbs/17_claims.ipynb #b8-4
@@ -312,9 +312,9 @@ LOOK = {  # verdict: colour and marker
     "undecided": (_BLIND[1], "v"),
     "not seen": ("#555555", "s"),
     "not seen, with room": ("#555555", "s"),
-    "not seen, little room": ("#999999", "s"),
+    "not seen, little room": ("#777777", "s"),
     "opposite": (_BLIND[3], "X"),
-    "too few seeds": ("#999999", "."),
+    "too few seeds": ("#777777", "."),
 }
 
 # %% ../nbs/17_claims.ipynb #plot-1
