@@ -90,12 +90,12 @@ def random_network(name: str, images: ImageSet, fabric: Fabric) -> nn.Module:
     "A frozen network for sets like `images`, its weights drawn from torch's global random state."
     return freeze(make_classifier(name, images)).to(fabric.device)
 
-
+# %% ../nbs/04_condensation.ipynb #cell-11c
 def embedding_batch(size: int, device: torch.device) -> int:
     "How many images to embed at once: on a CPU so few that the largest maps of a ConvNet-128 take 16 MB."
     return max(8, 2**15 // size**2) if device.type == "cpu" else 2048
 
-
+# %% ../nbs/04_condensation.ipynb #cell-11f
 def embed(
     network: nn.Module,
     x: Float[Tensor, "n c h w"],
@@ -152,7 +152,7 @@ def class_means(
     "The mean feature of each class."
     return features.unflatten(0, (classes, -1)).mean(1)
 
-
+# %% ../nbs/04_condensation.ipynb #cell-20a
 def dm_loss(real: Float[Tensor, "k d"], synthetic: Float[Tensor, "k d"]) -> Float[Tensor, ""]:
     "Squared distance of class means, summed over classes (Zhao & Bilen 2023, eq. 6, for one draw)."
     return (real - synthetic).square().sum()
@@ -535,7 +535,7 @@ def train_experts(
             checkpoint.save({"experts": done})
     return torch.stack(done)
 
-
+# %% ../nbs/04_condensation.ipynb #cell-63c
 def expert_trajectories(
     task: CondensationTask,
     settings: MTT,
@@ -623,7 +623,7 @@ def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Co
         invalid("ipc", ipc, f"{allowed}, {train.classes[least]!r}")
     return condenser
 
-
+# %% ../nbs/04_condensation.ipynb #cell-71b
 def default_iterations(condenser: Condenser, train: ImageSet, ipc: int) -> int:
     "What `iterations=0` means: what suits method and set, and twice that from 50 images per class on."
     return condenser.iterations[len(train) > 5000] * (2 if ipc >= 50 else 1)
@@ -686,7 +686,7 @@ def find_pair(content: Any) -> tuple[Tensor, Tensor] | None:
         return images[0], labels[0]
     return next((pair for value in inside if (pair := find_pair(value))), None)
 
-
+# %% ../nbs/04_condensation.ipynb #describe
 def describe_content(content: Any) -> str:
     "What a file holds, in a few words."
     if isinstance(content, Tensor):
@@ -723,14 +723,14 @@ PUBLISHED_STATISTICS = {  # mean, std: what the DC, DSA, DM and MTT code normali
 }
 NORMALISATIONS = ("auto", "none", "standard", "zca", *PUBLISHED_STATISTICS)
 
-
+# %% ../nbs/04_condensation.ipynb #nearest
 def nearest_statistics(train: ImageSet) -> str:
     "The published set whose mean is nearest to that of `train`, or `own` if it is like none of them."
     means = {name: mean for name, (mean, _) in PUBLISHED_STATISTICS.items() if len(mean) == train.channels}
     distance = lambda name: max(abs(a - b) for a, b in zip(means[name], train.mean, strict=True))
     return min((name for name in means if distance(name) < 0.02), key=distance, default="own")
 
-
+# %% ../nbs/04_condensation.ipynb #statistics
 def published_statistics(name: str, train: ImageSet) -> tuple[Float[Tensor, "c 1 1"], Float[Tensor, "c 1 1"]]:
     "Mean and standard deviation of a published set, or of `train` itself; refused if it has other channels."
     values = PUBLISHED_STATISTICS.get(name, (train.mean, train.std))
@@ -743,7 +743,7 @@ def share_in_unit_range(images: Tensor) -> float:
     "The share of the values that lie in [0, 1], or a tenth beside it."
     return float(((images > -0.1) & (images < 1.1)).float().mean())
 
-
+# %% ../nbs/04_condensation.ipynb #detect
 def detect_normalisation(images: Float[Tensor, "n c h w"], train: ImageSet) -> str:
     "Whether images are in [0, 1] (`none`) or normalised (`standard`), by their values; refused if unclear."
     mean, std = published_statistics(name := nearest_statistics(train), train)
@@ -787,7 +787,7 @@ def numbered_classes(classes: Sequence[str]) -> list[int]:
     numbers = all(name.isdecimal() for name in classes)
     return sorted(places, key=lambda c: int(classes[c]) if numbers else c)
 
-
+# %% ../nbs/04_condensation.ipynb #agreement
 def label_agreement(condensed: ImageSet, train: ImageSet, most: int = 2000) -> tuple[float, float]:
     "Percent of labels with which a linear classifier of real images agrees: `condensed`, unseen real ones."
     fabric = make_fabric("cpu", "32")
@@ -804,7 +804,7 @@ def label_agreement(condensed: ImageSet, train: ImageSet, most: int = 2000) -> t
     classifier = make_pipeline(StandardScaler(), RidgeClassifier(alpha=100.0)).fit(x[:n], y[:n])
     return 100 * classifier.score(given, labels), 100 * classifier.score(x[n:], y[n:])
 
-
+# %% ../nbs/04_condensation.ipynb #check-order
 def check_class_order(name: str, condensed: ImageSet, train: ImageSet) -> dict[str, float]:
     "Warn where labels agree with real images hardly more often than by chance; the percentages."
     agreement, real = label_agreement(condensed, train)
@@ -826,7 +826,7 @@ def published_labels(name: str, labels: Tensor, train: ImageSet) -> Tensor:
         return torch.tensor(order)[labels.long()]
     return torch.empty_like(labels.float()).index_copy_(1, torch.tensor(order), labels.float())
 
-
+# %% ../nbs/04_condensation.ipynb #cell-84c
 def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
     "A published file as a set like `train`: what does not fit it is refused."
     images, labels = read_published(path)

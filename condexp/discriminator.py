@@ -216,6 +216,8 @@ class DiscriminatorSettings(AlignmentSettings):
 # %% ../nbs/06_discriminator.ipynb #cell-53
 _PENALTY = {"spectral": False, "r1": 5.0}  # the gradient penalty in the place of spectral normalisation
 _FEW = {"weight": 0.03, "steps": 1, "min_fake_probability": 0.15, "spectral": False, "r1": 1.0}
+
+# %% ../nbs/06_discriminator.ipynb #cell-53c
 ALIGNMENTS: dict[str, AlignmentSettings] = {
     "conditional": DiscriminatorSettings(),
     "conditional_few": DiscriminatorSettings(**_FEW),
@@ -254,7 +256,7 @@ def alignment_settings(
         invalid("alignment_ratio", ratio, "it is in the place of alignment_weight: give one of them")
     return replace(settings, weight=weight)
 
-
+# %% ../nbs/06_discriminator.ipynb #cell-55a
 def resolve_alignment(
     name: str,  # a preset, or "auto"
     ipc: int,  # condensed images in the smallest class
@@ -432,7 +434,7 @@ def _shrunk_gaussian(x: Float[Tensor, "n d"]) -> tuple[Tensor, Tensor]:
     sphere = torch.eye(d, dtype=x.dtype, device=x.device) * trace / d
     return x.mean(0), cov.lerp(sphere, amount)
 
-
+# %% ../nbs/06_discriminator.ipynb #cell-13a
 def principal_directions(
     b: Float[Tensor, "m d"],  # features of the reference
     components: int = 32,  # at most

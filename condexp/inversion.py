@@ -78,7 +78,7 @@ def batchnorm_layers(model: nn.Module) -> list[nn.BatchNorm2d]:
     "The BatchNorm layers that have running statistics."
     return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
 
-
+# %% ../nbs/05_inversion.ipynb #cell-12b
 class BatchNormHooks:
     "Gathers the moments of what enters every BatchNorm2d of a classifier during a pass."
 
@@ -171,13 +171,13 @@ def adversarial(batch: SynthesisBatch) -> Float[Tensor, ""]:
     log_s, log_t = F.log_softmax(student, 1), F.log_softmax(teacher, 1)
     return -(F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(1) * agree).mean()
 
-
+# %% ../nbs/05_inversion.ipynb #cell-25a
 def negative_kl(batch: SynthesisBatch) -> Float[Tensor, ""]:
     "Minus KL(T || S) in nats, wherever it is (ZSKT, DFQ)."
     log_s, log_t = F.log_softmax(batch.student_logits, 1), F.log_softmax(batch.logits, 1)
     return -F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
-
+# %% ../nbs/05_inversion.ipynb #cell-25b
 def js_adversarial(batch: SynthesisBatch, temperature: float = 3.0) -> Float[Tensor, ""]:
     "1 minus the Jensen-Shannon divergence of student and teacher, in nats (DeepInversion, eq. 8 to 10)."
     log_s, log_t = (F.log_softmax(z / temperature, 1) for z in (batch.student_logits, batch.logits))
@@ -223,7 +223,7 @@ class StatefulLoss(nn.Module):
     def finish(self) -> None:
         "Called after each batch."
 
-
+# %% ../nbs/05_inversion.ipynb #cell-34b
 @dataclass(frozen=True)
 class Term:
     "A named, weighted loss."
@@ -711,7 +711,7 @@ def check_terms(recipe: str, terms: tuple[Term, ...]) -> None:
         allowed = "one of its terms must apply from the first step, with a weight, to this teacher"
         invalid("inversion", recipe, allowed)
 
-
+# %% ../nbs/05_inversion.ipynb #cell-70b
 @dataclass(frozen=True)
 class Recipe:
     "An inversion method."
@@ -802,6 +802,7 @@ DAFL = Recipe(
     steps=20,
 )
 
+# %% ../nbs/05_inversion.ipynb #cell-80b
 ZSKT = Recipe(
     name="zskt",
     synthesizer=partial(PersistentGenerator, lr=1e-3),
@@ -809,6 +810,7 @@ ZSKT = Recipe(
     steps=20,
 )
 
+# %% ../nbs/05_inversion.ipynb #cell-80d
 DFQ = Recipe(
     name="dfq",
     synthesizer=partial(PersistentGenerator, lr=1e-3),
@@ -856,6 +858,7 @@ FAST_PUBLISHED = replace(
     steps=5,
 )
 
+# %% ../nbs/05_inversion.ipynb #published-2b
 CMI_PUBLISHED = replace(
     CMI,
     name="cmi_published",

@@ -72,7 +72,7 @@ def fract(x: Tensor) -> Tensor:
     "GLSL's `fract`: never negative."
     return x - x.floor()
 
-
+# %% ../nbs/08_shaders.ipynb #cell-10a
 def rotated(p, angle) -> tuple[Tensor, Tensor]:
     "A place turned about the origin."
     angle = torch.as_tensor(angle)
@@ -147,7 +147,7 @@ def cosine_palette(x, contrast, red, green, blue, speed) -> tuple[Tensor, ...]:
     "A colour that swings with `x`, each channel in its own phase."
     return tuple(0.5 + contrast * torch.cos(math.tau * (speed * x + phase)) for phase in (red, green, blue))
 
-
+# %% ../nbs/08_shaders.ipynb #cell-17b
 OPS |= {
     "colour": Op(
         "c", "fff", "vec3({0}, {1}, {2})", lambda r, g, b: tuple(torch.as_tensor(v) for v in (r, g, b))
@@ -167,7 +167,7 @@ def mixed_bits(x: Tensor) -> Tensor:
         x = (x * factor) & 0xFFFFFFFF
     return x ^ (x >> 16)
 
-
+# %% ../nbs/08_shaders.ipynb #cell-20b
 def at_random(x: Tensor, y: Tensor, seed: float) -> Tensor:
     "A number in [0, 1) for each whole place."
     x, y = (v.floor().long() & 0xFFFFFFFF for v in (x, y))
@@ -220,7 +220,7 @@ def warped(p, amount, seed) -> tuple[Tensor, Tensor]:
     "A place moved by two noises."
     return p[0] + amount * (value_noise(p, seed) - 0.5), p[1] + amount * (value_noise(p, seed + 1) - 0.5)
 
-
+# %% ../nbs/08_shaders.ipynb #cell-27c
 def polygon(p, n) -> Tensor:
     "Distance-like: 1 on the edge of a regular polygon with `n` corners."
     sector = torch.as_tensor(math.tau / n)
@@ -381,7 +381,7 @@ PATTERNS = dict(
 )
 SHAPES = dict(disc=1, polygon=1.5, star=1.5, box=1.5, ring=1)
 
-
+# %% ../nbs/08_shaders.ipynb #cell-41b
 def write_place(w: Writer, p: int, steps: int) -> int:
     "A place after some changes."
     for _ in range(steps):
@@ -475,7 +475,7 @@ def write_colour(w: Writer, style: str) -> int:
     spread = dict(vivid=0.9, muted=0.25, grey=0.0, dark=0.4)[style]
     return w("colour", *(min(1.0, max(0.0, round(light + w.number(-spread, spread), 4))) for _ in range(3)))
 
-
+# %% ../nbs/08_shaders.ipynb #cell-48b
 def write_colouring(w: Writer, x: int, style: str) -> int:
     "A pattern in colours."
     if style == "vivid" and w.chance(0.5):
@@ -602,6 +602,8 @@ uniform sampler2D iChannel2; uniform sampler2D iChannel3;
 void mainImage(out vec4 colour, in vec2 place);
 void main() { colour_out = vec4(0); mainImage(colour_out, gl_FragCoord.xy); }
 """
+
+# %% ../nbs/08_shaders.ipynb #cell-68b
 GEEKEST = """#define FC gl_FragCoord
 const float PI = 3.141592653589793, PI2 = 6.283185307179586;
 uint mixed(uint x) { x ^= x >> 16; x *= 0x7feb352du; x ^= x >> 15; x *= 0x846ca68bu; return x ^ (x >> 16); }
@@ -642,7 +644,7 @@ class ShaderSource:
     name: str  # its file
     code: str
 
-
+# %% ../nbs/08_shaders.ipynb #cell-69b
 def bracketed(code: str) -> str:
     "Brackets around the branches of `a ? b : c` that assign something, which WebGL does without."
     def end(i: int) -> int:
@@ -749,7 +751,7 @@ def render_source(source: ShaderSource, times: Float[Tensor, " n"], size: int) -
     canvas.release()
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
 
-
+# %% ../nbs/08_shaders.ipynb #cell-76b
 def _inform(program, time: float, frame: int, size: int) -> None:
     side = float(size)
     known = dict.fromkeys(("time", "t", "iTime"), time) | dict.fromkeys(("resolution", "r"), (side, side))
@@ -770,7 +772,7 @@ def _try_programs(sources: list[tuple[str, str]], size: int, pipe) -> None:
         except Exception as error:
             pipe.send(" ".join(str(error).split()))
 
-
+# %% ../nbs/08_shaders.ipynb #cell-78c
 def failures(
     sources: list[ShaderSource],
     size: int = 32,

@@ -75,7 +75,7 @@ def frames_at_random(draw: Renderer, rng: np.random.Generator, size: int) -> UIn
     frames = draw(times, size)
     return frames[worth_keeping(frames)]
 
-
+# %% ../nbs/08_sources.ipynb #src-10c
 def shader_frames(
     spec: StreamSpec,
     programs: int = 64,  # of the grammar
@@ -123,7 +123,7 @@ def covered(
         inside[at] = shape(p[:, at], *(value[at] for value in own)) < 1
     return inside
 
-
+# %% ../nbs/08_sources.ipynb #src-13c
 def dead_leaves(spec: StreamSpec, shapes: int = 100, batch: int = 250) -> ImageStream:
     "Images of `shapes` shapes each, the last ones on top."
     g, (x, y) = torch.Generator().manual_seed(spec.seed), places(spec.size)
@@ -163,7 +163,7 @@ def photograph(which: str) -> UInt8[Tensor, "3 h w"]:
         problem = " ".join(str(error).split()) or type(error).__name__
     invalid("photo", which, f"it must be china, flower, or the path of a picture ({problem})")
 
-
+# %% ../nbs/08_sources.ipynb #src-19c
 def pyramid(photo: UInt8[Tensor, "3 h w"], size: int) -> list[Float[Tensor, "3 h w"]]:
     "The picture, and its halves, down to about `size` pixels."
     levels = [photo.float() / 255]
@@ -238,7 +238,7 @@ class InvertedImages:
         for name, part in self.synthesis.parts.items():
             part.load_state_dict(state[name])
 
-
+# %% ../nbs/08_sources.ipynb #src-24g
 def inverted(
     spec: StreamSpec,  # with teacher and fabric
     inversion: str = "fast",  # a name in INVERSIONS

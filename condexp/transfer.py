@@ -45,7 +45,7 @@ def check_sampling(sampling: str) -> str:
         return "none"
     return check_choice("sampling", sampling, SAMPLINGS)
 
-
+# %% ../nbs/08_transfer.ipynb #tra-05c
 @dataclass(frozen=True)
 class TransferSettings:
     "How many images of a stream are kept, and how they are spread over the teacher's predicted classes."
@@ -107,7 +107,7 @@ MAX_EMPTY = 50  # batches without an image, before a stream is given up
 EXAMINED = 512  # candidates that are put together before the teacher is asked
 ASKED = {"cpu": 64}  # images in one forward pass, on other devices EXAMINED
 
-
+# %% ../nbs/08_transfer.ipynb #tra-13b
 class NonemptyBatches:
     "The batches of a stream that are not empty; it ends after `MAX_EMPTY` empty ones in a row."
 
@@ -138,7 +138,7 @@ class NonemptyBatches:
             for _ in itertools.islice(self, state["given"]):
                 pass
 
-
+# %% ../nbs/08_transfer.ipynb #tra-13e
 def take(stream: ImageStream, count: float) -> list[UInt8[Tensor, "n c h w"]]:
     "The next batches, until they hold at least `count` images."
     parts = []
@@ -162,7 +162,7 @@ def predicted_classes(
             parts.append(teacher(x).argmax(1))
     return torch.cat(parts)
 
-
+# %% ../nbs/08_transfer.ipynb #tra-15c
 def imageset_like(
     teacher: Classifier,
     frames: UInt8[Tensor, "n c h w"],
@@ -216,7 +216,7 @@ def check_content(images: ImageSet, name: str) -> ImageSet:
         invalid(name, "without contrast", "there must be something to see in at least one of them")
     return images
 
-
+# %% ../nbs/08_transfer.ipynb #tra-21c
 def check_images(images: ImageSet, teacher: Classifier, name: str) -> ImageSet:
     "`images` if the teacher takes their size and channels, and they show something, else a refusal."
     for what in ("size", "channels"):
@@ -282,7 +282,7 @@ def check_settings(settings: dict) -> None:
     for name in (name for name in settings if name not in known):
         invalid(name, settings[name], f"no source has such a setting; there are {', '.join(known)}")
 
-
+# %% ../nbs/08_transfer.ipynb #tra-32c
 def source_settings(name: str, settings: dict) -> dict:
     "The settings of the source called `name`: those of `settings` that it has, else its defaults."
     parameters = settings_of(SOURCES[check_choice("surrogate", name, SOURCES)])
@@ -293,7 +293,7 @@ def source_settings(name: str, settings: dict) -> dict:
         invalid("surrogate", name, f"{allowed}: {', '.join(strange)}")
     return {p.name: settings.get(p.name, p.default) for p in parameters}
 
-
+# %% ../nbs/08_transfer.ipynb #tra-32g
 def read_settings(settings: dict) -> dict:
     "Settings, with the programs of a folder and the content of a picture; refuses what cannot be read."
     found = {key: value for key, value in settings.items() if (key, value) != ("shader_folder", "")}
@@ -369,7 +369,7 @@ def warn_of_gaps(made: ImageSet, settings: TransferSettings) -> None:
     short = [f"{name} ({have} of {want})" for name, have, want in classes if have < want]
     warnings.warn(f"{kept}; these classes of the teacher are not full: {', '.join(short)}", stacklevel=3)
 
-
+# %% ../nbs/08_transfer.ipynb #tra-36c
 def is_synthetic(source: str | ImageSet) -> bool:
     "Whether images are rendered, condensed or inverted: by a source's name, or by a set's provenance."
     if isinstance(source, str):
@@ -394,7 +394,7 @@ def probe_method(used: Collection[str] = ()) -> str:
         return left[0]
     invalid("sources", ", ".join(used), f"one of {', '.join(PROBES)} must be left to make the probe")
 
-
+# %% ../nbs/08_transfer.ipynb #tra-49g
 def probe_set(
     teacher: Classifier,  # on the fabric's device
     fabric: Fabric,
