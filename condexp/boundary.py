@@ -71,7 +71,7 @@ class AttackSettings:
 # %% ../nbs/10_boundary.ipynb #cell-07
 Logits = Callable[[Float[Tensor, "n c h w"]], Float[Tensor, "n k"]]  # of a frozen teacher
 
-
+# %% ../nbs/10_boundary.ipynb #cell-62303d
 @dataclass
 class AttackState:
     "Images on their way to the boundary, each with its own step length."
@@ -284,7 +284,7 @@ ATTACKS = {
     "paper": AttackProtocol(PaperAttackSettings(), 1, True),
 }
 
-
+# %% ../nbs/10_boundary.ipynb #cell-44c504
 def blended(images: ImageSet, seed: int) -> ImageSet:
     "Each image blended with another one by mixup; labels stay those of the first."
     with seeded(seed):
@@ -358,7 +358,7 @@ def attack_batches(
             checkpoint.save(vars(state), every=0.05)
     return state
 
-
+# %% ../nbs/10_boundary.ipynb #cell-d13259
 def distinct(images: UInt8[Tensor, "n c h w"]) -> UInt8[Tensor, "m c h w"]:
     "Each image once, where it comes first."
     _, same = images.flatten(1).unique(dim=0, return_inverse=True)
@@ -386,7 +386,7 @@ def made_by(
     )
     return replace(made, labels=labels, provenance=about)
 
-
+# %% ../nbs/10_boundary.ipynb #cell-8db0ae
 def attacked_set(
     images: ImageSet,
     teacher: Classifier,  # on the fabric's device; it is frozen

@@ -47,20 +47,20 @@ def text(name: str, value) -> str:
         invalid(name, value, f'it must be a text (papermill -r {name} "..." passes it as it is)')
     return str(value)
 
-
+# %% ../nbs/12_parameters.ipynb #cell-5dd004
 def at_least(minimum: int) -> Check:
     "Checks for a whole number of at least `minimum`; 2.0 is one."
     as_int = lambda value: int(value) if type(value) is float and value.is_integer() else value
     return lambda name, value: check_int(name, as_int(value), minimum)
 
-
+# %% ../nbs/12_parameters.ipynb #cell-c61a4b
 def positive(name: str, value) -> float:
     "`value` if it is a positive number."
     if type(value) not in (int, float) or not 0 < value < math.inf:
         invalid(name, value, "it must be a positive number")
     return value
 
-
+# %% ../nbs/12_parameters.ipynb #cell-cc6d53
 def choice(options) -> Check:
     "Checks for one of `options`."
     return lambda name, value: check_choice(name, text(name, value), options)
@@ -74,7 +74,7 @@ def names(name: str, value) -> list[str]:
         invalid(name, value, f"names have commas between them: {','.join(' '.join(parts).split())}")
     return list(dict.fromkeys(parts))
 
-
+# %% ../nbs/12_parameters.ipynb #cell-ffb6a8
 def weights(name: str, value) -> dict[str, float]:
     "A weight for each name, of a mapping or of JSON text; nothing where the text is empty."
     try:
@@ -86,7 +86,7 @@ def weights(name: str, value) -> dict[str, float]:
         invalid(name, value, 'it must map names to numbers of at least 0, as in {"bn": 0}')
     return {str(key): float(w) for key, w in found.items()}
 
-
+# %% ../nbs/12_parameters.ipynb #cell-d7af2f
 def weight(name: str, value) -> float | None:
     "A number of at least 0, or None."
     if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
@@ -104,7 +104,7 @@ def writable(name: str, path: Path, folder: bool) -> None:
     if not os.access(found, os.W_OK):
         invalid(name, str(path), f"{found} cannot be written to")
 
-
+# %% ../nbs/12_parameters.ipynb #cell-e4e7e5
 def file_or_empty(suffix: str) -> Check:
     "Checks for an empty text, or a file with this suffix that can be written."
 
@@ -117,7 +117,7 @@ def file_or_empty(suffix: str) -> Check:
 
     return check
 
-
+# %% ../nbs/12_parameters.ipynb #cell-4800c7
 def folder_or_empty(name: str, value) -> str:
     "An empty text, or a folder that is there or can be made."
     if value := text(name, value):
@@ -131,7 +131,7 @@ def existing_file(name: str, value) -> str:
         invalid(name, value, "there is no such file")
     return value
 
-
+# %% ../nbs/12_parameters.ipynb #cell-268840
 def model(name: str, value) -> str:
     "The name of an architecture."
     check_model(name, text(name, value))
@@ -142,7 +142,7 @@ def model_or_file(name: str, value) -> str:
     "The name of an architecture, or a file of weights that is there."
     return existing_file(name, value) if text(name, value).endswith(".safetensors") else model(name, value)
 
-
+# %% ../nbs/12_parameters.ipynb #cell-847881
 def condenser(name: str, value) -> str:
     "A condensation method, or the file of a set, or a folder of images by class."
     if text(name, value) not in CONDENSERS and not Path(value).exists():
@@ -150,7 +150,7 @@ def condenser(name: str, value) -> str:
         invalid(name, value, f"it must be one of {', '.join(CONDENSERS)}, or {paths}")
     return value
 
-
+# %% ../nbs/12_parameters.ipynb #cell-60c4a0
 def transfer_name(name: str, value) -> str:
     "The name of a source, or the name or path of a set."
     value, known = text(name, value), (*SOURCES, "original")
@@ -165,14 +165,14 @@ EVALUATE = ("test", "validation")  # which images the accuracies are of
 PATHS = ("dataset", "teacher", "condenser", "surrogate", "related", "shader_folder", "photo", "photographs")
 PATHS += ("output", "record", "weights", "few")
 
-
+# %% ../nbs/12_parameters.ipynb #cell-93f35f
 def evaluate(name: str, value) -> str:
     "`test` or `validation`, which was called `minival` once."
     if value == "minival":
         print("evaluate 'minival' is now called 'validation'")
     return check_choice(name, "validation" if value == "minival" else value, EVALUATE)
 
-
+# %% ../nbs/12_parameters.ipynb #cell-bbebec
 def sampling(name: str, value) -> str:
     "How predicted classes are sampled."
     return check_sampling(text(name, value))
@@ -287,7 +287,7 @@ class RunTraining(Run):
         if self.batch_size == 1:
             invalid("batch_size", 1, "BatchNorm needs at least 2 images; 0 is the default")
 
-
+# %% ../nbs/12_parameters.ipynb #cell-2d654b
 @dataclass(frozen=True)
 class RunTeacher(RunTraining):
     "Parameters of `run_teacher`."
@@ -311,7 +311,7 @@ class RunCondense(RunTraining):
     evaluate: str
     output: str
 
-
+# %% ../nbs/12_parameters.ipynb #cell-83f86f
 def known_inversion(run) -> None:
     "Refuse an inversion method, or a term of it, that is not there."
     if "," in run.inversion or ":" in run.inversion:
@@ -319,7 +319,7 @@ def known_inversion(run) -> None:
         invalid("inversion", run.inversion, apart)
     inversion_recipe(run.inversion, run.term_weights)
 
-
+# %% ../nbs/12_parameters.ipynb #cell-88ac5e
 @dataclass(frozen=True)
 class RunDistil(RunTraining):
     "What `run_kd` and `run_alignment` have in common."
@@ -359,7 +359,7 @@ def known_alignment(name: str, value: str) -> None:
         invalid(name, value, "its weight is given apart: -p alignment_weight 0.5")
     check_choice(name, value, ["auto", *ALIGNMENTS])
 
-
+# %% ../nbs/12_parameters.ipynb #cell-c47f01
 @dataclass(frozen=True)
 class RunArms(RunDistil):
     "Parameters of `paper_a_images`."
@@ -387,7 +387,7 @@ class RunKD(RunArms):
         super().check_without_data()
         object.__setattr__(self, "arms", arms_without_data(self.arms, self.condenser))
 
-
+# %% ../nbs/12_parameters.ipynb #cell-9096ea
 def arms_without_data(arms: list[str], condenser: str) -> list[str]:
     "The methods that need no data: those with a condensed set only where there is a file or folder of it."
     gone = {"random", "full"} | ({"condensed"} if condenser in CONDENSERS else set())
@@ -400,7 +400,7 @@ def arms_without_data(arms: list[str], condenser: str) -> list[str]:
         print(f"dataset is empty: left out are {', '.join(name for name in arms if name not in left)}")
     return left
 
-
+# %% ../nbs/12_parameters.ipynb #cell-a605cb
 @dataclass(frozen=True)
 class RunAlignment(RunDistil):
     "Parameters of `run_alignment`."
@@ -464,7 +464,7 @@ class RunSurrogate(RunQuality, RunTraining):
     evaluate: str
     output: str
 
-
+# %% ../nbs/12_parameters.ipynb #cell-8aae4c
 @dataclass(frozen=True)
 class RunBoundary(RunSurrogate):
     "Parameters of `run_boundary`."
@@ -474,7 +474,7 @@ class RunBoundary(RunSurrogate):
     attack_steps: int
     beyond: int
 
-
+# %% ../nbs/12_parameters.ipynb #cell-dd1d30
 @dataclass(frozen=True)
 class RunFeatures(Run):
     "Parameters of `paper_b_features`."
@@ -505,7 +505,7 @@ def architecture(name: str, value) -> str:
         named_architectures(value)
     return value
 
-
+# %% ../nbs/12_parameters.ipynb #cell-3530f6
 def class_names(name: str, value) -> str | list:
     "Class names as a list or a comma-separated text, or a file of them; empty: the file of weights has them."
     class_list(value := value if isinstance(value, list | tuple) else text(name, value))
@@ -518,7 +518,7 @@ def channel_values(name: str, value) -> str:
         return ",".join(map(str, value))
     return str(value) if type(value) is float else text(name, value)
 
-
+# %% ../nbs/12_parameters.ipynb #cell-1ca52f
 def dataset_or_empty(name: str, value) -> str:
     "An empty text, or a data set's name or path."
     if (value := text(name, value)) and not known_dataset(value):
@@ -564,7 +564,7 @@ def minutes(name: str, value) -> float:
     "A number of minutes; 0 is the default."
     return weight(name, value) or 0.0
 
-
+# %% ../nbs/12_parameters.ipynb #cell-6f1029
 def few_images(name: str, value) -> str:
     "An empty text, or a file or folder that is there."
     return existing_path(name, value) if text(name, value) else ""

@@ -37,7 +37,7 @@ def normalised_entropy(
     share = counts.double() / counts.sum().clamp(min=1)
     return float(torch.special.entr(share).sum() / math.log(max(2, len(counts))))
 
-
+# %% ../nbs/09_quality.ipynb #cell-cf7ef6
 def coverage(
     logits: Float[Tensor, "n k"],
     confidence: float = 0.0,  # the teacher's probability has to be at least this
@@ -56,7 +56,7 @@ def vendi_score(
     values = torch.linalg.eigvalsh(x @ x.T if len(x) < x.shape[1] else x.T @ x).clamp(min=0)
     return float(torch.special.entr(values / values.sum()).sum().exp())
 
-
+# %% ../nbs/09_quality.ipynb #cell-3ce2cf
 def pairwise_distances(vectors: Float[Tensor, "n d"]) -> Float[Tensor, "n n"]:  # in double precision
     "The distance of each vector to each."
     x = vectors.double() - vectors.double().mean(0)  # differences of small numbers lose less
@@ -81,7 +81,7 @@ def class_margin(
     own = (logits.argmax(1) if classes is None else classes)[:, None]
     return (logits.gather(1, own) - logits.scatter(1, own, -torch.inf).amax(1, keepdim=True)).squeeze(1)
 
-
+# %% ../nbs/09_quality.ipynb #cell-2b33a2
 def label_entropy(logits: Float[Tensor, "n k"], temperature: float = 1.0) -> Float[Tensor, " n"]:
     "The entropy of the softened labels over that of an even one: 0 for a sure teacher, 1 for a clueless one."
     share = (logits.double() / temperature).softmax(1)
@@ -117,7 +117,7 @@ def prediction_measures(logits: Float[Tensor, "n k"], temperature: float) -> dic
     entropy = float(label_entropy(logits, temperature).mean())
     return row | {"margin": float(class_margin(logits).median()), "label entropy": entropy}
 
-
+# %% ../nbs/09_quality.ipynb #cell-df1854
 def diversity_measures(vectors: Float[Tensor, "n d"], space: str, most: int = 1000) -> dict:
     "How different the images of a set are, as vectors of one space; pairs are of at most `most`."
     distances = pairwise_distances(vectors[fixed_indices(len(vectors), most)])
@@ -127,7 +127,7 @@ def diversity_measures(vectors: Float[Tensor, "n d"], space: str, most: int = 10
         f"nearest, {space}": mean_nearest_distance(distances),
     }
 
-
+# %% ../nbs/09_quality.ipynb #cell-9a806c
 def filter_measures(provenance: dict) -> dict:
     "What the filter found, if there was one; `examined` was called `seen` once."
     if "predicted" not in provenance:
@@ -235,7 +235,7 @@ def nearest(
     distances, places = zip(*found, strict=True)
     return torch.cat(distances).cpu(), torch.cat(places).cpu()
 
-
+# %% ../nbs/09_quality.ipynb #cell-e1f8aa
 def nn_distance_ratio(
     distances: Float[Tensor, "n k"],  # to the nearest images
 ) -> Float[Tensor, " n"]:  # 0: a copy; 1: none stands out
@@ -274,7 +274,7 @@ def losses(model: Classifier, images: ImageSet, fabric: Fabric) -> Float[Tensor,
     "The cross-entropy of each image with its class, in nats."
     return F.cross_entropy(predict(model, images, fabric)[1], images.hard_labels.cpu(), reduction="none")
 
-
+# %% ../nbs/09_quality.ipynb #cell-f6d2ee
 def membership_auc(
     model: Classifier,
     members: ImageSet,  # images of the training set

@@ -67,7 +67,7 @@ def open_run(run: Run) -> tuple[Fabric, Splits]:
         check_devices(devices, run.student, splits.train, fabric)
     return fabric, Splits(on_device(splits.train, fabric), on_device(splits.test, fabric), splits.note)
 
-
+# %% ../nbs/13_runs.ipynb #cell-300101
 def check_networks(run: Run, images: ImageSet, spec: ModelSpec | None) -> None:
     "Refuse networks that do not take such images, and what the teacher does not have: a layer, BatchNorm."
     for name in ("model", "teacher", "student"):
@@ -107,7 +107,7 @@ def as_teacher_takes(splits: Splits, spec: ModelSpec) -> Splits:
         *(_fitted(images, spec) for images in splits[:2]), " ".join([splits.note, *changed]).strip()
     )
 
-
+# %% ../nbs/13_runs.ipynb #cell-a6c624
 def _fitted(images: ImageSet, spec: ModelSpec | ImageSet) -> ImageSet:
     if images.channels == 1 and spec.channels > 1:
         same = lambda values: tuple(values) * spec.channels
@@ -136,7 +136,7 @@ def no_data(run: Run, spec: ModelSpec, fabric: Fabric) -> Splits:
     )
     return Splits(nothing, nothing, NO_DATA)
 
-
+# %% ../nbs/13_runs.ipynb #cell-322fa2
 def with_probe(
     run: Run,
     splits: Splits,
@@ -156,7 +156,7 @@ def truncate(value) -> str:
         return str(value)
     return f"({len(value)}: {', '.join(value[:4])}, ...)"
 
-
+# %% ../nbs/13_runs.ipynb #cell-6736c8
 def open_teacher(run: Run, splits: Splits, fabric: Fabric) -> tuple[Classifier, dict]:
     "The teacher, by name or of a file, and its metadata (`accuracy` in percent, None if unknown)."
     if not run.teacher.endswith(".safetensors"):
@@ -211,7 +211,7 @@ def given_set(
         )
     return given
 
-
+# %% ../nbs/13_runs.ipynb #cell-e29820
 def read_condensed(path: str, train: ImageSet, normalisation: str, parameter: str) -> ImageSet:
     "The set in a file, or the few real images in a folder of class folders, in `train`'s order."
     if not Path(path).is_dir():
@@ -219,7 +219,7 @@ def read_condensed(path: str, train: ImageSet, normalisation: str, parameter: st
     images = load_images(path, train.size, parameter)
     return replace(_fitted(images, train), mean=train.mean, std=train.std)
 
-
+# %% ../nbs/13_runs.ipynb #cell-ca0aa0
 def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> ImageSet:
     "The condensed set a run asks for: made (or from the cache) by name, or read from a file."
     if run.condenser in CONDENSERS:
@@ -246,7 +246,7 @@ def describe_teacher(teacher: Classifier, meta: dict, splits: Splits) -> str:
     about = f"`{teacher.spec.name}` for {train.provenance['dataset']}, {train.size} px"
     return f"{about}{measured}. {splits.note}"
 
-
+# %% ../nbs/13_runs.ipynb #cell-e11e6c
 def method_sources(
     run: RunDistil, train: ImageSet, fabric: Fabric, methods: Sequence[str]
 ) -> dict[str, ImageSet]:
@@ -273,7 +273,7 @@ def transfer_source(run: RunQuality, train: ImageSet) -> str | ImageSet:
         invalid("images", run.images, f"{Path(run.surrogate).name} has {len(images)}; 0 takes them all")
     return images
 
-
+# %% ../nbs/13_runs.ipynb #cell-5843ec
 def real_source(run: RunQuality, train: ImageSet) -> ImageSet:
     "The teacher's own images, those of a saved set, of a folder, archive or known name, or a part of these."
     if run.surrogate == "original":
@@ -284,7 +284,7 @@ def real_source(run: RunQuality, train: ImageSet) -> ImageSet:
         return saved_set(run.surrogate)
     return load_images(run.surrogate, train.size, "surrogate")
 
-
+# %% ../nbs/13_runs.ipynb #cell-611f0b
 def saved_set(path: str) -> ImageSet:
     "A set in a file; any other file is refused."
     try:
@@ -293,7 +293,7 @@ def saved_set(path: str) -> ImageSet:
         problem = str(error)
     invalid("surrogate", Path(path).name, f"it must be a set of images that was saved here ({problem})")
 
-
+# %% ../nbs/13_runs.ipynb #cell-efded0
 def part_of(run: RunQuality, train: ImageSet) -> ImageSet:
     "Of a set with classes, those that overlap with the teacher's, or the others."
     images = load_images(run.surrogate, train.size, "surrogate")
@@ -341,14 +341,14 @@ def make_transfer_set(
     made = transfer_set(source, teacher, count, run.seed, fabric, *how, **own)
     return by_margin(made, teacher, fabric, run.margin)
 
-
+# %% ../nbs/13_runs.ipynb #cell-9ffd73
 def set_name(run: RunQuality) -> str:
     "What a run's transfer set is called in tables."
     name = re.sub(r"\.(tar(\.\w+)?|t\wz2?|zip|safetensors)$", "", Path(run.surrogate).name)
     name += f" ({run.inversion})" if run.surrogate == "inversion" else ""
     return name + {"all": "", "in": ", in distribution", "out": ", out of distribution"}[run.part]
 
-
+# %% ../nbs/13_runs.ipynb #cell-9d2a10
 def overlap_lines(images: ImageSet) -> str:
     "Of a part of a set: a line for each class of the teacher, and what of the set shows it; else nothing."
     found = images.provenance.get("overlap", {})
@@ -389,7 +389,7 @@ def make_attacked(run: RunBoundary, images: ImageSet, teacher: Classifier, fabri
     given = blended(images, run.seed) if attack.blends else images
     return attacked_set(given, teacher, run.seed, fabric, run.targets or attack.targets, settings)
 
-
+# %% ../nbs/13_runs.ipynb #cell-49cf94
 def make_control(
     run: RunBoundary, source: str | ImageSet, attacked: ImageSet, teacher: Classifier, fabric: Fabric
 ) -> ImageSet:
@@ -437,7 +437,7 @@ def teacher_schedule(run: RunTeacher, train: ImageSet) -> Schedule:
     usual = default_schedule(train)
     return Schedule(run.epochs or usual.epochs, run.steps or usual.steps, run.batch_size or usual.batch_size)
 
-
+# %% ../nbs/13_runs.ipynb #cell-99635c
 def evaluation_schedule(run: RunCondense) -> Schedule:
     "How networks are trained on a condensed set: `condensation.EVALUATION`, changed where the run says so."
     asked = {name: getattr(run, name) for name in ("epochs", "steps", "batch_size")}

@@ -63,7 +63,7 @@ def draw_answers(
     with Stream(seed, "draws"), fabric.autocast():
         return torch.stack([teacher(augment(images.draw(size))).float().softmax(1) for _ in range(draws)])
 
-
+# %% ../nbs/09_scores.ipynb #cell-f341ac
 def teacher_stddev(probabilities: Float[Tensor, "r n k"]) -> float:
     "T. stddev of Wang et al. 2022: deviation over draws of the mean probability, averaged over classes."
     return float(probabilities.double().mean(1).std(0).mean())
@@ -85,7 +85,7 @@ def proxy_student(
         training.epoch(SyntheticSet(like, on_device(images, fabric), room=0))
     return student.eval()
 
-
+# %% ../nbs/09_scores.ipynb #cell-92653e
 def proxy_agreement(
     images: ImageSet,
     teacher: Classifier,  # frozen, on the device
@@ -123,7 +123,7 @@ def score(row: dict) -> float:
     "What a set promises, by its row of `predict_measures`: proxy agreement (percent), ties by T. stddev."
     return row["proxy agreement"] - 1e-3 * row["T. stddev"]
 
-
+# %% ../nbs/09_scores.ipynb #cell-9d4dab
 def rank_sources(rows: dict[str, dict]) -> list[str]:
     "Names of sets, those with the best score first."
     return sorted(rows, key=lambda name: score(rows[name]), reverse=True)
