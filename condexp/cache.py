@@ -44,14 +44,14 @@ def invalid(name: str, value: Any, allowed: str) -> NoReturn:
     "Raise the `ValueError` that every refusal of a parameter is."
     raise ValueError(f"{name} is {value!r}, but {allowed}")
 
-
+# %% ../nbs/00_cache.ipynb #cell-244223
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> Any:
     "`value` if it is one of `choices`, else a refusal that lists them."
     if value not in (choices := list(choices)):
         invalid(name, value, f"it must be one of {', '.join(choices)}")
     return value
 
-
+# %% ../nbs/00_cache.ipynb #cell-f6abec
 def check_int(name: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     "`value` if it is a whole number within bounds, else a refusal."
     bounds = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
@@ -87,7 +87,7 @@ def plain(value: Any) -> Any:
             return [plain(value.__self__), value.__name__]
     return _named(value) if inspect.isclass(value) or inspect.isroutine(value) else _object(value)
 
-
+# %% ../nbs/00_cache.ipynb #cell-8eed0e
 def _object(value: Any) -> list:
     "An object's class and attributes; of a module those that are settings. It must hold no weights."
     if isinstance(value, Tensor) or not (hasattr(value, "__dict__") or is_dataclass(value)):
@@ -105,7 +105,7 @@ def _object(value: Any) -> list:
 def _hash(value: Any) -> str:  # 16 hexadecimal digits
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/00_cache.ipynb #cell-308bea
 @functools.lru_cache(maxsize=256)
 def syntax(source: str) -> ast.Module:
     "The syntax tree of Python code, without docstrings."
@@ -130,7 +130,7 @@ def code_hash(
         needed |= _imported(tree, package) - seen.keys() - {f"{package}.cache"}
     return _hash(seen)
 
-
+# %% ../nbs/00_cache.ipynb #cell-328c53
 def _imported(tree: ast.Module, package: str) -> set[str]:
     "The modules of a package without subpackages that code in it imports."
     found = set()
@@ -150,7 +150,7 @@ def source_hash(thing: Callable) -> str:
     _collect(inspect.unwrap(thing), found)
     return _hash(found)
 
-
+# %% ../nbs/00_cache.ipynb #cell-a75921
 def _collect(thing: Callable, found: dict) -> None:
     "Put the definition of `thing`, and of what it names, into `found`."
     nodes = _definitions(thing)
@@ -173,7 +173,7 @@ def _collect(thing: Callable, found: dict) -> None:
             elif not _installed(value.__module__):
                 found[_name(value)] = code_of(value)
 
-
+# %% ../nbs/00_cache.ipynb #cell-6bcb37
 def _name(thing: Callable) -> str:
     return f"{thing.__module__}.{thing.__qualname__}"
 
@@ -193,7 +193,7 @@ def _definitions(thing: Callable) -> list[ast.AST]:
         return []  # it has no methods, and its values count
     invalid("function", thing.__qualname__, "its source must be readable, as that of a notebook or a file")
 
-
+# %% ../nbs/00_cache.ipynb #cell-58852c
 def _defines(node: ast.AST, thing: Callable) -> bool:
     if inspect.isclass(thing):
         return isinstance(node, ast.ClassDef) and node.name == thing.__name__
@@ -207,7 +207,7 @@ def code_of(thing: Callable) -> str | None:  # None: its name says it all
     if not _installed(thing.__module__):
         return code_hash(thing.__module__) if thing.__module__.startswith("condexp.") else source_hash(thing)
 
-
+# %% ../nbs/00_cache.ipynb #cell-a7ccc2
 def _installed(module: str | None) -> bool:
     "Whether a module comes with Python or a library other than this one."
     top = (module or "builtins").partition(".")[0]
@@ -215,7 +215,7 @@ def _installed(module: str | None) -> bool:
     library = top in sys.stdlib_module_names or not {"site-packages", "dist-packages"}.isdisjoint(folders)
     return library and top not in ("condexp", "__main__")
 
-
+# %% ../nbs/00_cache.ipynb #cell-c1b80a
 def _named(thing: Callable) -> list:
     "A function or a class by its name and its code; a function must read nothing but its arguments."
     thing = inspect.unwrap(thing)
@@ -224,7 +224,7 @@ def _named(thing: Callable) -> list:
         invalid("function", thing.__qualname__, why)
     return [_name(thing), code_of(thing)]
 
-
+# %% ../nbs/00_cache.ipynb #cell-8a8bf3
 def config_hash(
     config: dict,  # what `plain` takes
 ) -> str:  # 16 hexadecimal digits
@@ -261,7 +261,7 @@ def save_tensors(
     header["sha256"] = _content_hash(tensors, header["condexp"])
     return write_atomic(path, lambda tmp: save_file(tensors, tmp, metadata=header))
 
-
+# %% ../nbs/00_cache.ipynb #cell-67dd75
 def _content_hash(tensors: dict[str, Tensor], meta: str) -> str:
     digest = hashlib.sha256(meta.encode())
     for name, t in sorted(tensors.items()):
@@ -339,7 +339,7 @@ def _lock(path: Path) -> FileLock:
     "The lock of the entry at `path`. The locks have a folder of their own."
     return FileLock(cache_dir() / "locks" / f"{path.parent.name}-{path.stem}.lock")
 
-
+# %% ../nbs/00_cache.ipynb #cell-c448d7
 def check_writable(folder: Path) -> None:
     "Refuse a cache in which nothing can be written, before anything is computed."
     try:
@@ -350,7 +350,7 @@ def check_writable(folder: Path) -> None:
         allowed = f"it must be a folder in which files can be written ({error.strerror})"
         invalid("CONDEXP_CACHE", str(cache_dir()), allowed)
 
-
+# %% ../nbs/00_cache.ipynb #cell-abc8de
 @contextmanager
 def locked(
     path: Path,  # of an entry

@@ -96,7 +96,7 @@ def _check_images(x: Tensor) -> None:
             advice = "pixels that are not bytes must be numbers in [0, 1]: neither 0 to 255 nor normalised"
             invalid("images", f"from {low:.3g} to {high:.3g}", advice)
 
-
+# %% ../nbs/00_data.ipynb #cell-219286
 def _check_labels(y: Tensor, n: int, classes: int) -> None:
     "Refuse labels that are neither class numbers nor rows of probabilities."
     soft = y.is_floating_point()
@@ -173,7 +173,7 @@ def unpack(tensors: dict[str, Tensor], meta: dict, prefix: str = "") -> ImageSet
     names = (tuple(meta[name]) for name in ("classes", "mean", "std"))
     return ImageSet(tensors[prefix + "images"], tensors[prefix + "labels"], *names, meta["provenance"])
 
-
+# %% ../nbs/00_data.ipynb #cell-dd89ff
 def load_set(path: Path) -> ImageSet:
     "The set in a file that `ImageSet.save` wrote."
     tensors, meta = load_tensors(path)
@@ -217,7 +217,7 @@ def _per_class(labels: Tensor, seed: int) -> list[np.ndarray]:
     labels, rng = labels.cpu().numpy(), np.random.RandomState(seed)
     return [rng.permutation(np.flatnonzero(labels == c)) for c in range(labels.max() + 1)]
 
-
+# %% ../nbs/00_data.ipynb #cell-0cb715
 def _hold_out(labels: Tensor, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     "(rest, held out): sorted indices; `fraction` of each class is held out, at least one image, never all."
     members = [c for c in _per_class(labels, seed=0) if len(c)]
@@ -248,7 +248,7 @@ def random_per_class(
     index = np.concatenate([c[:n] for c in _per_class(images.hard_labels, seed)])
     return images.subset(index, method="random", ipc=n, seed=seed)
 
-
+# %% ../nbs/00_data.ipynb #cell-e6dddc
 def rank_within(labels: Int[Tensor, " n"], classes: int) -> Int[Tensor, " n"]:
     "How many earlier entries have the same label."
     return F.one_hot(labels, classes).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
@@ -296,7 +296,7 @@ class Layout:
         part = PARTS.get(path[self.depth].lower(), "") if len(path) > self.depth + 1 else ""
         return part, path[self.depth + 1] if part and len(path) > self.depth + 2 else ""
 
-
+# %% ../nbs/00_data.ipynb #cell-a90604
 def find_layout(paths: Sequence[Parts]) -> Layout:
     "The layout that the folders have."
     for depth in (0, 1):
@@ -318,7 +318,7 @@ def annotate(
     moved = {(*folder, "images", row[0]): (*folder, row[1], row[0]) for folder, row in rows if len(row) > 1}
     return [moved.get(path, path) for path in paths]
 
-
+# %% ../nbs/00_data.ipynb #cell-4a7bb0
 @dataclass(frozen=True)
 class Assignment:
     "How a set was split."
@@ -365,7 +365,7 @@ def class_names(
         raise DataError(f"{pair}; {where}/ lacks {', '.join(sorted(missing)[:3])}")
     return sorted(train)
 
-
+# %% ../nbs/00_data.ipynb #cell-5abaee
 def check_pairs(assigned: Assignment) -> None:
     "Refuse to hold out a part of a class that has one image."
     counts = Counter(assigned.places)
@@ -485,7 +485,7 @@ def vision_entries(
         for i, y in enumerate(progress(numbers, f"Reading {part}", leave=False, delay=1)):
             yield Entry((part, classes[int(y)], f"{i:06d}"), lambda data=data, i=i: data[i][0])
 
-
+# %% ../nbs/00_data.ipynb #cell-e4ca03
 def _torchvision(name: str, size: int) -> Splits:
     "One of torchvision's sets, downloaded into the cache."
     kind, arguments = TORCHVISION[name]
@@ -506,7 +506,7 @@ def _named(dataset: str) -> str | None:
     plain = {name.replace("_", ""): name for name in NAMES}
     return plain.get(dataset.lower().replace("_", "").replace("-", ""))
 
-
+# %% ../nbs/00_data.ipynb #cell-dda5ee
 def _looks_like_path(dataset: str) -> bool:
     suffixes = {suffix.lower() for suffix in Path(dataset).suffixes}
     known = "/" in dataset or os.sep in dataset or bool(suffixes & {".tar", ".tgz", ".zip"})
@@ -526,7 +526,7 @@ def _existing(dataset: str, parameter: str) -> Path:
         invalid(parameter, dataset, f"there is no such folder or archive, and no set of that name{download}")
     return path
 
-
+# %% ../nbs/00_data.ipynb #cell-b0fdd8
 def _path_config(path: Path, **more) -> dict:
     "What names the images of a folder or an archive in the cache."
     return {"dataset": readable(path.resolve().name), "content": content_hash(path), **more}
@@ -542,7 +542,7 @@ def _load_path(path: Path, size: int) -> Splits:
 
     return cached("images", config, make, lambda p, s: s.save(p), Splits.load)
 
-
+# %% ../nbs/00_data.ipynb #cell-4ee169
 def _load_name(name: str, size: int) -> Splits:
     "A known set, from the cache or into it."
     size = size or INSTALLED.get(name, 0)
@@ -559,7 +559,7 @@ def _refusing(parameter: str, dataset: str, load: Callable):
         problem = str(error)
     invalid(parameter, dataset, problem)
 
-
+# %% ../nbs/00_data.ipynb #cell-2cbdf2
 def load_splits(
     dataset: str,  # mnist5k, digits, a torchvision name, or the path of a folder or archive of class folders
     size: int = 0,  # pixels; 0 = the set's own
@@ -601,7 +601,7 @@ def _transfer_images(found: Pictures, left: LeftOut, config: dict) -> ImageSet:
     images, labels = found.images[order], torch.zeros(len(order), dtype=torch.long)
     return ImageSet(images, labels, ("image",), *channel_statistics(images), config)
 
-
+# %% ../nbs/00_data.ipynb #cell-b953da
 def load_images(
     dataset: str,  # as for `load_splits`, but the images of a path may lie in any folders, or in none
     size: int,  # pixels; 0 = the set's own

@@ -52,7 +52,7 @@ class DataError(Exception):
 class _MixedSizes(Exception):
     "Images said to be of one size are not."
 
-
+# %% ../nbs/00_files.ipynb #cell-4c4fc5
 def to_rgb(
     opened: Image.Image,
     bits: int = 16,  # that the values of 16-bit pictures use
@@ -91,7 +91,7 @@ MAX_TOTAL = 256 * 2**30  # bytes of an archive when unpacked; all of ImageNet ha
 MAX_MEMBERS = 2_000_000  # files and folders; ImageNet has 1.3 million
 FORMATS = ["JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "HEIF"]
 
-
+# %% ../nbs/00_files.ipynb #cell-ff222a
 # Pillow warns of 89 million pixels and refuses 178 million; the limit here is one, and a refusal
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -122,7 +122,7 @@ def joined(parts: Parts) -> str:
     "A path inside a set, in quotation marks."
     return repr("/".join(parts))
 
-
+# %% ../nbs/00_files.ipynb #cell-e4c725
 @contextmanager
 def _naming(parts: Parts) -> Iterator[None]:
     "Whatever goes wrong with an image inside is told with its name."
@@ -138,7 +138,7 @@ def _naming(parts: Parts) -> Iterator[None]:
 # %% ../nbs/00_files.ipynb #cell-16
 _ALONE = threading.Lock()
 
-
+# %% ../nbs/00_files.ipynb #cell-1ab9ea
 def _tasks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     "Entries by dozens: 64, or as many as hold 16 MiB."
     task = []
@@ -150,7 +150,7 @@ def _tasks(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
     if task:
         yield task
 
-
+# %% ../nbs/00_files.ipynb #cell-3efd7b
 def _decode_task(entries: list[Entry], decode: Callable) -> tuple[UInt8[np.ndarray, "n 3 size size"], int]:
     "The decoded images, and the highest value of those of 16 bits (0 if there are none)."
     arrays, highest = [], 0
@@ -241,13 +241,13 @@ _KINDS |= _suffixes("avif heic heif") & set(Image.registered_extensions())
 _UNREAD = _suffixes("avif heic heif jxl svg psd eps ico exr hdr dcm dng nef cr2 cr3 arw orf raf rw2") - _KINDS
 _TABLES = _suffixes("csv tsv parquet arrow npz npy h5 hdf5 mat pkl pt pth json jsonl tfrecord lmdb mdb")
 
-
+# %% ../nbs/00_files.ipynb #cell-63b59c
 def clutter(parts: Parts) -> Parts:
     "The first part of a path that makes it clutter, with what is before it; empty if none does."
     found = (i for i, name in enumerate(parts) if name.startswith(".") or name.lower() in _CLUTTER)
     return parts[:next(found, -1) + 1]
 
-
+# %% ../nbs/00_files.ipynb #cell-b1ebd7
 def is_picture(head: bytes) -> bool:
     "Whether a file begins as a picture of the common kinds does."
     usual = head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF8", b"II*\0", b"MM\0*"))
@@ -262,7 +262,7 @@ class Member(NamedTuple):
     size: int = 0  # bytes
     file: Path | BinaryIO | None = None  # where it is, or its content, read before the next; None: a folder
 
-
+# %% ../nbs/00_files.ipynb #cell-34c134
 @dataclass
 class LeftOut:
     "What a folder or an archive holds besides the pictures that are read."
@@ -277,13 +277,13 @@ class LeftOut:
         "The names of files that may hold images or labels, in a form that is not read."
         return sorted({parts[-1] for parts in self.other if Path(parts[-1]).suffix.lower() in _TABLES})
 
-
+# %% ../nbs/00_files.ipynb #cell-ab2445
 def suffixes(paths: Iterable[Parts]) -> str:
     "How many files there are of each kind, in words."
     counts = Counter(Path(parts[-1]).suffix.lower() or "without suffix" for parts in sorted(paths))
     return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(4))
 
-
+# %% ../nbs/00_files.ipynb #cell-f7d23d
 def readable(name: str) -> str:
     "A file's name as text: bytes that are no UTF-8 are taken for Windows-1252."
     try:
@@ -304,7 +304,7 @@ def pictures(members: Iterable[Member], left: LeftOut) -> Iterator[Entry]:
         elif (entry := _entry(member, left)) is not None:
             yield entry
 
-
+# %% ../nbs/00_files.ipynb #cell-1e0f90
 def _entry(member: Member, left: LeftOut) -> Entry | None:
     "A member as a picture, if it is one."
     name, suffix = member.parts[-1], Path(member.parts[-1]).suffix.lower()
@@ -321,7 +321,7 @@ def _read(member: Member, most: int) -> bytes:
     with member.file.open("rb") if isinstance(member.file, Path) else nullcontext(member.file) as file:
         return file.read(most)
 
-
+# %% ../nbs/00_files.ipynb #cell-1588f2
 def _as_entry(member: Member, head: bytes) -> Entry:
     "A picture to be decoded later; `head` has been read of it. Refused if it is too large."
     size, data = member.size, b""
@@ -345,7 +345,7 @@ def _facts(path: Path, parts: Parts) -> os.stat_result | None:
         return None
     return facts if stat.S_ISDIR(facts.st_mode) or stat.S_ISREG(facts.st_mode) else None
 
-
+# %% ../nbs/00_files.ipynb #cell-a57152
 def _walk(root: Path) -> Iterator[tuple[Parts, os.stat_result]]:
     "Every file and folder below `root`. Clutter is not entered."
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -357,7 +357,7 @@ def _walk(root: Path) -> Iterator[tuple[Parts, os.stat_result]]:
                 yield (*parts, name), facts
         folders[:] = sorted(name for name in folders if not clutter((name,)))
 
-
+# %% ../nbs/00_files.ipynb #cell-b182cc
 def folder_members(root: Path) -> Iterator[Member]:
     "A folder as a stream of members."
     for parts, facts in _walk(root):
@@ -379,7 +379,7 @@ def member_parts(name: str) -> Parts:
         raise DataError(f"its member {readable(name)!r} {outside}")
     return path.parts
 
-
+# %% ../nbs/00_files.ipynb #cell-4ee2bd
 class _Counted:
     "A stream of which no more than `MAX_TOTAL` bytes are read."
 
@@ -414,7 +414,7 @@ def _tar_files(path: Path) -> Iterator[tuple[tarfile.TarInfo, BinaryIO | None]]:
         while stream.read(1 << 20):  # to the end, where the checksum is
             pass
 
-
+# %% ../nbs/00_files.ipynb #cell-05bc65
 def tar_members(path: Path) -> Iterator[Member]:
     "A tar archive as a stream of members. What hard links point at is read in a second pass."
     links: dict[Parts, list[Parts]] = {}  # target: names
@@ -457,7 +457,7 @@ WHAT_IS_READ = "images in train/<class>/ and test/<class>/, or in <class>/ alone
 _PACKERS = {b"\x28\xb5\x2f\xfd": "Zstandard", b"Rar!": "RAR", b"7z\xbc\xaf": "7-Zip"}
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, OSError, RuntimeError)
 
-
+# %% ../nbs/00_files.ipynb #cell-45ebc6
 def archive_entries(path: Path, left: LeftOut | None = None) -> Iterator[Entry]:
     "The images of a tar or zip archive, in its order."
     with path.open("rb") as file:
@@ -494,7 +494,7 @@ def set_members(path: Path) -> Iterator[Member]:
     kinds = {Path.is_dir: folder_members, zipfile.is_zipfile: zip_members, tarfile.is_tarfile: tar_members}
     return next((read(path) for is_kind, read in kinds.items() if is_kind(path)), iter(()))
 
-
+# %% ../nbs/00_files.ipynb #cell-f696a4
 def find_text(path: Path, names: Collection[str]) -> str:
     "The text of the first file of one of these names; empty if there is none."
     found = (

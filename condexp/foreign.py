@@ -33,7 +33,7 @@ class LogitsLayer(nn.Identity):
         super().__init__()
         self.register_buffer("weight", torch.eye(classes), persistent=False)
 
-
+# %% ../nbs/01_foreign.ipynb #cell-525f61
 class Foreign(nn.Module):
     "Somebody else's network with timm's `get_classifier`."
 
@@ -61,12 +61,12 @@ def torchvision_names() -> list[str]:
     "Every image classifier that torchvision can build, with the prefix that tells it from timm's."
     return [TORCHVISION + name for name in torchvision.models.list_models(module=torchvision.models)]
 
-
+# %% ../nbs/01_foreign.ipynb #cell-d10c85
 def last_linear(network: nn.Module) -> str:
     "The name of the last linear layer; empty if there is none."
     return next((name for name, m in reversed(list(network.named_modules())) if isinstance(m, nn.Linear)), "")
 
-
+# %% ../nbs/01_foreign.ipynb #cell-5c2334
 def set_channels(network: nn.Module, channels: int) -> None:
     "Replace the first convolution by one that takes so many channels."
     name, old = next((name, m) for name, m in network.named_modules() if isinstance(m, nn.Conv2d))
@@ -100,7 +100,7 @@ def _tensor(module: nn.Module, node: Any) -> Tensor | None:
         owner, _, name = node.target.rpartition(".")
         return getattr(module.get_submodule(owner), name).detach()
 
-
+# %% ../nbs/01_foreign.ipynb #cell-b9439a
 def _batch_norm(module: nn.Module, node: fx.Node) -> nn.BatchNorm2d | None:
     "The layer that a `batch_norm` of images is."
     _, weight, bias, mean, var, training, momentum, eps, *_ = node.args
@@ -117,7 +117,7 @@ def _batch_norm(module: nn.Module, node: fx.Node) -> nn.BatchNorm2d | None:
         )
     return layer
 
-
+# %% ../nbs/01_foreign.ipynb #cell-ec0729
 def _linear(module: nn.Module, node: fx.Node) -> nn.Linear | None:
     "The layer that a `linear` is."
     weight, bias = (_tensor(module, n) for n in (*node.args[1:], None)[:2])
@@ -165,7 +165,7 @@ def any_batch(graph: fx.GraphModule) -> None:
         if node.target in SHAPED and node.args[1] and node.args[1][0] == fixed:
             node.args = (node.args[0], [number, *node.args[1][1:]])
 
-
+# %% ../nbs/01_foreign.ipynb #cell-327d9d
 def strip_guards(graph: fx.GraphModule) -> None:
     "Drop a program's own checks of its input."
     for node in list(graph.graph.nodes):
@@ -187,7 +187,7 @@ def _weights_only():
     finally:
         os.environ.pop(name) if before is None else os.environ.update({name: before})
 
-
+# %% ../nbs/01_foreign.ipynb #cell-4534b2
 def read_program(content: bytes) -> fx.GraphModule:
     "The graph of a `.pt2` file, with its layers back, for any number of images."
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -231,7 +231,7 @@ def write_program(
         raise ProgramError(f"torch.export cannot write it ({' '.join(str(error).split())[:150]})") from None
     return file.getvalue()
 
-
+# %% ../nbs/01_foreign.ipynb #cell-2a6a7d
 class Function(nn.Module):
     "A Python function as a network."
 
@@ -266,7 +266,7 @@ def check_program(network: Callable, channels: int, size: int) -> int:
         raise ProgramError("its answer to an image depends on the batch: export it after model.eval()")
     return out.shape[1]
 
-
+# %% ../nbs/01_foreign.ipynb #cell-25d141
 def _check_gradient(out: Tensor, x: Tensor) -> None:
     "A `ProgramError` unless the logits can be differentiated to the image."
     gradient = torch.autograd.grad(out.square().sum(), x)[0] if out.requires_grad else None
@@ -289,7 +289,7 @@ def gives_probabilities(out: Float[Tensor, "n k"]) -> bool:
     "Whether outputs are above 0 and sum to 1."
     return bool((out >= 0).all() and (out.sum(1) - 1).abs().max() < 1e-4)
 
-
+# %% ../nbs/01_foreign.ipynb #cell-79dd83
 @torch.no_grad()
 def find_classifier(network: nn.Module, channels: int, size: int) -> str:
     "The linear layer whose output is the logits, up to a constant an image; empty if there is none."
@@ -341,7 +341,7 @@ class Program(Foreign):
             self.network, self.program = network, state["program"].cpu()
             self.classifier = find_classifier(network, *self.shape)
 
-
+# %% ../nbs/01_foreign.ipynb #cell-3eb65a
 def open_program(content: bytes, channels: int, size: int) -> tuple[nn.Module, int]:
     "The network of a `.pt2` file, with logits as its output, and how many classes it tells apart."
     network = read_program(content)
@@ -405,7 +405,7 @@ def _simplified(model: Any) -> Any:
     newest = max(used.version for used in model.opset_import if not used.domain)
     return version_converter.convert_version(model, 17) if newest > 17 else model
 
-
+# %% ../nbs/01_foreign.ipynb #cell-35bccf
 def from_onnx(content: bytes) -> nn.Module:
     "An ONNX file as a network of torch layers."
     try:

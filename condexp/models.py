@@ -232,7 +232,7 @@ def register_timm(name: str, base: str, **settings) -> None:
 register_timm("vit_cifar", "vit_tiny_patch16_224", patch_size=4, embed_dim=96, depth=6, num_heads=3)
 register_timm("convnext_cifar", "convnext_atto", patch_size=1, depths=(1, 1, 3, 1), dims=(24, 48, 96, 192))
 
-
+# %% ../nbs/02_models.ipynb #cell-756ace
 def plane_body(channels: int) -> Body:
     "Convolutions that end in two unbounded channels: averaged over space they are a point in the plane."
     body, width = vgg_body(channels, (32, 32, 0, 64, 64, 0, 64))
@@ -337,7 +337,7 @@ def from_spec(spec: ModelSpec) -> Classifier:
             block.fused_attn = False  # a CPU's fused kernel is slower for few tokens, in bf16 by far
     return Classifier(spec, backbone)
 
-
+# %% ../nbs/02_models.ipynb #cell-be22fb
 def freeze(model: nn.Module) -> nn.Module:
     "Evaluation mode, and no gradients for the weights: half the cost of differentiating through a teacher."
     return model.eval().requires_grad_(False)
@@ -380,7 +380,7 @@ def model_names() -> list[str]:
     "Every architecture there is: timm's, ours among them, and torchvision's."
     return [*timm.list_models(), *torchvision_names()]
 
-
+# %% ../nbs/02_models.ipynb #cell-b93f24
 @functools.lru_cache
 def accepts_input(name: str, channels: int, size: int) -> bool:
     "Whether architecture `name` classifies images of this shape: tried out on shapes alone."
@@ -414,7 +414,7 @@ def how_to_bring(path: str) -> str:
     command = f"papermill nbs/run_import.ipynb out.ipynb -p weights {Path(path).name}"
     return f"weights of torch do not say which network they are of: {command} makes a teacher of them"
 
-
+# %% ../nbs/02_models.ipynb #cell-b98f49
 def check_model(
     parameter: str,  # what the user calls it: "teacher", "student"
     name: str,
@@ -444,7 +444,7 @@ def weights_of(model: Classifier) -> dict[str, Tensor]:
         weights = {prefix.sub("", name, count=1): w for name, w in weights.items()}
     return weights
 
-
+# %% ../nbs/02_models.ipynb #cell-de9bba
 def check_weights(weights: dict[str, Tensor], spec: ModelSpec) -> None:
     "Refuse weights that the network of the spec does not take."
     try:
@@ -454,7 +454,7 @@ def check_weights(weights: dict[str, Tensor], spec: ModelSpec) -> None:
         problem = " ".join(str(error).split())[:200]
         invalid("model", spec.name, f"its weights do not fit it with {len(spec.classes)} classes ({problem})")
 
-
+# %% ../nbs/02_models.ipynb #cell-5956c4
 def save_classifier(path: Path, model: Classifier, meta: dict) -> Path:
     "Write weights, spec and `meta` (plain values) as one safetensors file."
     weights = weights_of(model)
@@ -479,7 +479,7 @@ def zip_kind(path: Path) -> str:
         return "weights"
     return next((kind for name, kind in ZIPPED.items() if name in members), "")
 
-
+# %% ../nbs/02_models.ipynb #cell-451a82
 def file_kind(path: Path) -> str:
     "weights, safetensors, torchscript, program, onnx or folder; empty for anything else."
     path = Path(path)
@@ -503,7 +503,7 @@ INERT += [
     (make, f"numpy.{core}.multiarray.{make.__name__}") for make in _makers for core in ("core", "_core")
 ]
 
-
+# %% ../nbs/02_models.ipynb #cell-5dc43c
 def load_torch(
     path: Path,
     parameter: str,  # what the user calls it
