@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'WARMUP_IMAGES', 'IMAGES_PER_CLASS', 'FEWEST', 'STEPS_PER_IMAGE', 'PATIENCE', 'EXPANDED', 'SHOWN',
-           'ImageSource', 'shader_backend', 'open_sources', 'make_set', 'joined', 'small_sets', 'judge', 'judged',
-           'Plan', 'seconds_per_step', 'make_plan', 'planned', 'Job', 'open_job', 'student_for', 'choose', 'parts_of',
-           'plan_of', 'plan_in_words', 'build_set', 'teach', 'score_table', 'result_in_words', 'card_record']
+           'ImageSource', 'shader_backend', 'open_source', 'open_sources', 'make_set', 'joined', 'small_sets', 'judge',
+           'judged', 'Plan', 'seconds_per_step', 'make_plan', 'planned', 'Job', 'open_job', 'student_for', 'choose',
+           'parts_of', 'plan_of', 'plan_in_words', 'build_set', 'teach', 'score_table', 'result_in_words',
+           'card_record']
 
 # %% ../nbs/16_datafree.ipynb #df-02
 import time
@@ -66,25 +67,26 @@ def shader_backend() -> str:
     except RuntimeError:
         return "torch"
 
+# %% ../nbs/16_datafree.ipynb #cell-0c8878
+def open_source(name: str, photographs: ImageSet | None) -> ImageSource:
+    "A source by its name; `ValueError` for a name that is none, or photographs that are not there."
+    check_choice("sources", name, dict.fromkeys([*USUAL, *SOURCES, *INVERSIONS]))
+    if name == "photographs":
+        if photographs is None:
+            invalid("sources", name, "photographs must then be the path of a folder")
+        return ImageSource(photographs, {})
+    if name in INVERSIONS or name == "inversion":
+        return ImageSource("inversion", {"inversion": "fast" if name == "inversion" else name})
+    return ImageSource(name, {"backend": shader_backend()} if name == "shaders" else {})
+
 
 def open_sources(
     names: Sequence[str],  # of USUAL, SOURCES or INVERSIONS; none: all of USUAL that are possible
     photographs: ImageSet | None,  # of the teacher's size
 ) -> dict[str, ImageSource]:
-    "The sources to try, by name. `ValueError` for a name that is none, or photographs that are not there."
-    named = names or [name for name in USUAL if name != "photographs" or photographs is not None]
-    found = {}
-    for name in named:
-        check_choice("sources", name, dict.fromkeys([*USUAL, *SOURCES, *INVERSIONS]))
-        if name == "photographs" and photographs is None:
-            invalid("sources", name, "photographs must then be the path of a folder")
-        if name in INVERSIONS or name == "inversion":
-            found[name] = ImageSource("inversion", {"inversion": "fast" if name == "inversion" else name})
-        elif name == "photographs":
-            found[name] = ImageSource(photographs, {})
-        else:
-            found[name] = ImageSource(name, {"backend": shader_backend()} if name == "shaders" else {})
-    return found
+    "The sources to try, by name."
+    possible = [name for name in USUAL if name != "photographs" or photographs is not None]
+    return {name: open_source(name, photographs) for name in names or possible}
 
 # %% ../nbs/16_datafree.ipynb #df-08
 def make_set(
@@ -100,13 +102,13 @@ def make_set(
         wanted = min(count, len(source.images)) if isinstance(source.images, ImageSet) else count
         return transfer_set(source.images, teacher, wanted, seed, fabric, budget=5.0, **source.own)
 
-
+# %% ../nbs/16_datafree.ipynb #cell-5c11b1
 def joined(sets: Sequence[ImageSet]) -> ImageSet:
     "Several sets of one kind as one."
     images, labels = (torch.cat([getattr(s, what) for s in sets]) for what in ("images", "labels"))
     return replace(sets[0], images=images, labels=labels, provenance={"parts": [s.provenance for s in sets]})
 
-
+# %% ../nbs/16_datafree.ipynb #cell-1af765
 def small_sets(
     sources: dict[str, ImageSource], teacher: Classifier, fabric: Fabric, seed: int, count: int = 300
 ) -> dict[str, ImageSet]:
@@ -140,7 +142,7 @@ def judge(
         rows[" + ".join(best)] = judged(joined(halves), teacher, probe, fabric, seed, settings)
     return {name: rows[name] for name in rank_sources(rows)}
 
-
+# %% ../nbs/16_datafree.ipynb #cell-fa7bb9
 def judged(
     images: ImageSet,
     teacher: Classifier,
@@ -181,7 +183,7 @@ class Plan:
     batch_size: int
     seconds: float
 
-
+# %% ../nbs/16_datafree.ipynb #cell-410413
 def seconds_per_step(
     teacher: Classifier, student_name: str, batch_size: int, fabric: Fabric, steps: int = 4
 ) -> float:
@@ -217,7 +219,7 @@ def make_plan(
     steps = max(1, total // epochs)
     return Plan(count, epochs, steps, batch_size, count * image_seconds + epochs * steps * step_seconds)
 
-
+# %% ../nbs/16_datafree.ipynb #cell-b2a4b4
 def planned(key: dict, compute) -> Plan:
     "The plan of a run, made once: from the cache if there is one."
     keep = lambda path, plan: save_tensors(path, {}, asdict(plan))
@@ -242,7 +244,7 @@ class Job:
         "The inversion methods that make images to learn from; the probe is made by another."
         return [s.inversion for s in self.sources.values() if s.inversion]
 
-
+# %% ../nbs/16_datafree.ipynb #cell-29512b
 def open_job(run: RunDatafree) -> Job:
     "The teacher, the device, and all images that there are; refuses what cannot be used."
     fabric = make_fabric(run.device, run.precision)
@@ -255,12 +257,11 @@ def open_job(run: RunDatafree) -> Job:
     sources = open_sources(["fast"] if few else run.sources, photographs)
     test = as_teacher_takes(load_splits(run.dataset, spec.size), spec).test if run.dataset else None
     if test is not None and test.classes != spec.classes:
-        invalid(
-            "dataset", run.dataset, f"its classes must be the teacher's: {', '.join(spec.classes[:5])}, ..."
-        )
+        some = ", ".join(spec.classes[:5])
+        invalid("dataset", run.dataset, f"its classes must be the teacher's: {some}, ...")
     return Job(teacher, fabric, sources, few, None if test is None else on_device(test, fabric))
 
-
+# %% ../nbs/16_datafree.ipynb #cell-7d490a
 def student_for(run: RunDatafree, teacher: Classifier) -> tuple[str, str]:  # its name, and a sentence
     "The student asked for, or the one that suits the teacher; one larger than its teacher is warned of."
     if not run.student:
@@ -280,17 +281,12 @@ def parts_of(chosen: str, job: Job) -> list[str]:
     "The sources that make a chosen set."
     return [*job.sources] if chosen == EXPANDED else chosen.split(" + ")
 
-
+# %% ../nbs/16_datafree.ipynb #cell-12f028
 def plan_of(run: RunDatafree, job: Job, chosen: str, sets: dict[str, ImageSet], student: str) -> Plan:
     "The plan of a run: how many images and steps."
     names, batch = parts_of(chosen, job), 64 if job.teacher.spec.size <= 16 else 128
-    key = dict(
-        teacher=fingerprint(job.teacher),
-        student=student,
-        chosen=chosen,
-        images=run.images,
-        minutes=run.minutes,
-    )
+    key = dict(teacher=fingerprint(job.teacher), student=student, chosen=chosen)
+    key |= dict(images=run.images, minutes=run.minutes)
     key |= dict(seed=run.seed, precision=precision_of(job.fabric), device=job.fabric.device.type)
 
     def compute() -> Plan:
@@ -300,14 +296,11 @@ def plan_of(run: RunDatafree, job: Job, chosen: str, sets: dict[str, ImageSet], 
 
     return planned(key, compute)
 
-
+# %% ../nbs/16_datafree.ipynb #cell-fefe29
 def plan_in_words(plan: Plan) -> str:
     "The plan as a sentence of Markdown."
-    many, minutes = (
-        f"**{plan.images:,} images** and {plan.epochs * plan.steps:,} student steps",
-        plan.seconds / 60,
-    )
-    about = f"in about {max(1, round(minutes))} min by what the small sets took"
+    many = f"**{plan.images:,} images** and {plan.epochs * plan.steps:,} student steps"
+    about = f"in about {max(1, round(plan.seconds / 60))} min by what the small sets took"
     return f"{many} of {plan.batch_size} images, {about}."
 
 # %% ../nbs/16_datafree.ipynb #df-22a
@@ -317,13 +310,11 @@ def build_set(chosen: str, plan: Plan, job: Job, seed: int) -> ImageSet:
         return job.few
     names = parts_of(chosen, job)
     shares = [plan.images // len(names) + (k < plan.images % len(names)) for k in range(len(names))]
-    made = [
-        make_set(job.sources[n], job.teacher, share, seed, job.fabric)
-        for n, share in zip(names, shares, strict=True)
-    ]
+    wanted = zip(names, shares, strict=True)
+    made = [make_set(job.sources[name], job.teacher, share, seed, job.fabric) for name, share in wanted]
     return joined(made) if len(made) > 1 else made[0]
 
-
+# %% ../nbs/16_datafree.ipynb #cell-8ccf04
 def teach(
     student: str, chosen: str, plan: Plan, images: ImageSet, job: Job, probe: ImageSet, seed: int
 ) -> MethodResult:
@@ -340,23 +331,15 @@ def teach(
     return distil("expanded", job.teacher, student, {"condensed": images}, splits, settings, seed, job.fabric)
 
 # %% ../nbs/16_datafree.ipynb #df-26
-SHOWN = (
-    "score",
-    "proxy low",
-    "proxy high",
-    "images",
-    "normalised entropy",
-    "coverage at 0.9",
-    "vendi",
-    "Frechet to probe",
-)
+SHOWN = ("score", "proxy low", "proxy high", "images", "normalised entropy", "coverage at 0.9", "vendi")
+SHOWN += ("Frechet to probe",)
 
 
 def score_table(judged: dict[str, dict]) -> pd.DataFrame:
     "The scores of the sources with their intervals, and some of the measures, best first."
     return pd.DataFrame(judged, index=SHOWN).T.round(2)
 
-
+# %% ../nbs/16_datafree.ipynb #cell-91d928
 def result_in_words(record: dict) -> str:
     "What the student is worth, as a few sentences of Markdown."
     low, high = record["interval"]
@@ -377,7 +360,7 @@ def result_in_words(record: dict) -> str:
         lines += [f"on {record['test_agreement']:.1f} % of them they agree."]
     return " ".join(lines)
 
-
+# %% ../nbs/16_datafree.ipynb #cell-6d625f
 def card_record(record: dict) -> dict:
     "A record as `exports.model_card` takes it: one number where the record has one a set."
     one = lambda values: next(iter(values.values()), None)

@@ -47,7 +47,7 @@ def stopped_by(error: BaseException | None) -> str:
             return f"there is no ONNX operation for {named[1]}"
     return " ".join(said.split())[:150]
 
-
+# %% ../nbs/15_exports.ipynb #cell-fec002
 def write_onnx(
     path: Path,
     program: bytes,  # the content of a .pt2 file
@@ -81,7 +81,7 @@ def open_pt2(path: Path) -> tuple[Network, str]:
     "A program of torch."
     return torch.export.load(path).module(), "torch.export.load"
 
-
+# %% ../nbs/15_exports.ipynb #cell-08deec
 def open_onnx(path: Path) -> tuple[Network, str]:
     "An ONNX file, on the CPU."
     if find_spec("onnxruntime"):
@@ -94,7 +94,7 @@ def open_onnx(path: Path) -> tuple[Network, str]:
         run, name = ReferenceEvaluator(str(path)).run, "onnx.reference"
     return lambda x: torch.from_numpy(run(["logits"], {"images": x.numpy()})[0]), name
 
-
+# %% ../nbs/15_exports.ipynb #cell-4e1c46
 READERS: dict[str, Callable[[Path], tuple[Network, str]]] = {
     ".safetensors": open_safetensors,
     ".pt2": open_pt2,
@@ -137,7 +137,7 @@ def _writers(student: Classifier, meta: dict) -> dict[str, Callable[[Path], Path
         "student.onnx": lambda path: write_onnx(path, program(), spec),
     }
 
-
+# %% ../nbs/15_exports.ipynb #cell-3e0157
 def export_student(
     student: Classifier,
     folder: Path,  # made if it is not there
@@ -157,7 +157,7 @@ def export_student(
         (folder / name).unlink(missing_ok=True)
     return [_exported(folder / name, write, images, logits) for name, write in writers.items()]
 
-
+# %% ../nbs/15_exports.ipynb #cell-54fc98
 def _exported(path: Path, write: Callable[[Path], Path], images: Tensor, logits: Tensor) -> dict[str, Any]:
     "The row of one file; a file that does not pass its check is removed."
     kept = False
@@ -186,7 +186,7 @@ def timed(model: Classifier, batch: int, fabric: Fabric) -> float:  # seconds
             moments.append(time.perf_counter())
     return statistics.median(end - begin for begin, end in itertools.pairwise(moments))
 
-
+# %% ../nbs/15_exports.ipynb #cell-a60c53
 def describe_network(model: Classifier, file: str = "") -> dict[str, Any]:
     "What a record says of a network: spec, parameters, multiply-additions an image, name of its file."
     with frozen(model):
@@ -227,7 +227,7 @@ def candidate_students(spec: ModelSpec) -> list[dict[str, Any]]:
         found = [describe_network(from_spec(replace(spec, name=name))) for name in names]
     return sorted(found, key=lambda network: network["multiply_adds"])
 
-
+# %% ../nbs/15_exports.ipynb #cell-9ada2f
 def larger_than_teacher(teacher: dict[str, Any], student: dict[str, Any]) -> str:
     "A warning in one sentence if a described student needs more of anything than its teacher; else nothing."
     counts = [c for c in COUNTS if student[c] > teacher[c]]
@@ -245,9 +245,8 @@ def choose_student(teacher: Classifier) -> tuple[str, str]:  # its name, and why
     chosen = fits[-1] if fits else networks[0]
     shares = [f"{chosen[c]:,} {word} ({100 * chosen[c] / own[c]:.1f} %)" for c, word in COUNTS.items()]
     which = "the largest of {} networks that is at most a quarter of the teacher in both"
-    which = (
-        which if fits else "the smallest of {} networks, as none is at most a quarter of the teacher in both"
-    )
+    if not fits:
+        which = "the smallest of {} networks, as none is at most a quarter of the teacher in both"
     why = f"{' and '.join(shares)}: {which.format(len(networks))}"
     return chosen["name"], f"The student is {chosen['name']}, with {why}."
 
@@ -262,7 +261,7 @@ def _number(value: float) -> str:
     "Whole and large numbers with commas, any other with three digits."
     return f"{value:,.0f}" if isinstance(value, int) or value >= 100 else f"{value:.3g}"
 
-
+# %% ../nbs/15_exports.ipynb #cell-2296a1
 def agreement_words(record: dict[str, Any]) -> str:
     "What was measured of the student, and on what; accuracy only if there is one."
     low, high = record["interval"]
@@ -274,7 +273,7 @@ def agreement_words(record: dict[str, Any]) -> str:
         words += f", the teacher's {teacher:.1f} %." if teacher is not None else "."
     return words
 
-
+# %% ../nbs/15_exports.ipynb #cell-200d2a
 def _networks(record: dict[str, Any]) -> str:
     "Sizes and times of both, and a warning if the student is the larger one."
     both = record["teacher"], record["student"]
@@ -300,7 +299,7 @@ def _transfer(record: dict[str, Any]) -> str:
     tried = "The sources that were tried, with the score that was predicted for each before training:\n\n"
     return words + (f"\n\n{tried}" + _table(("source", "predicted score"), scores)) * bool(scores)
 
-
+# %% ../nbs/15_exports.ipynb #cell-23692a
 LOADING = {  # three lines of code for each file
     "student.safetensors": (
         "from condexp.models import load_classifier",
@@ -319,7 +318,7 @@ LOADING = {  # three lines of code for each file
     ),
 }
 
-
+# %% ../nbs/15_exports.ipynb #cell-607554
 def _files(record: dict[str, Any]) -> str:
     "What was written, how it was checked, what was not written and why, and how to load it."
     written = [r for r in record["files"] if r["bytes"]]
@@ -343,11 +342,11 @@ def _input(student: dict[str, Any]) -> str:
         f"The {len(names)} logits stand for, in this order: {shown}."
     )
 
-
+# %% ../nbs/15_exports.ipynb #cell-cc5a2c
 LIMITS = (
     "Agreement is not accuracy: where the teacher is wrong, a student that agrees with it is wrong as well.",
     "Agreement was measured on the probe. On real images it may be far lower. "
-        "It compares students of one teacher.",
+    "It compares students of one teacher.",
     "The student has no answer for an image that belongs to none of its classes: it names one all the same.",
     "Times are of the machine on which the student was made.",
 )

@@ -10,9 +10,10 @@ __all__ = ['STATE_DICT', 'NESTED', 'PREFIXES', 'LEFT_OVER', 'FAMILIES', 'MOST', 
            'file_classes', 'ordered_names', 'convention', 'normalisation', 'class_list', 'named_architectures',
            'renamed', 'choose_architecture', 'refuse_architecture', 'Imported', 'read_weights', 'Stated',
            'from_weights', 'fill', 'needed_size', 'from_program', 'program_notes', 'existing', 'program_file',
-           'own_file', 'import_teacher', 'neutral_images', 'batch_norms', 'first_input', 'statistics_distance',
-           'normalised_by', 'normalisation_distances', 'doubted', 'logits_of', 'on_noise', 'best_order', 'on_labels',
-           'multiply_adds', 'TeacherCard', 'teacher_card', 'card_markdown', 'card_figure']
+           'own_file', 'import_teacher', 'random_crops', 'neutral_images', 'batch_norms', 'first_input',
+           'statistics_distance', 'normalised_by', 'normalisation_distances', 'doubted', 'logits_of', 'on_noise',
+           'best_order', 'on_labels', 'multiply_adds', 'TeacherCard', 'teacher_card', 'card_rows', 'card_markdown',
+           'card_figure']
 
 # %% ../nbs/14_teachers.ipynb #cell-02
 import difflib
@@ -64,25 +65,11 @@ STATE_DICT = (
 )
 
 # %% ../nbs/14_teachers.ipynb #cell-10
-NESTED = (
-    "state_dict_ema",
-    "model_ema",
-    "ema_state_dict",
-    "ema",
-    "model_state_dict",
-    "state_dict",
-    "model",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-)
+NESTED = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "model_state_dict", "state_dict")
+NESTED += ("model", "net", "network", "module", "weights", "params")
 
 
-def find_weights(
-    content: Any, where: str = ""
-) -> tuple[dict[str, Tensor], str]:  # weights, and their place in the file
+def find_weights(content: Any, where: str = "") -> tuple[dict[str, Tensor], str]:  # and their place
     "The first named tensors inside a checkpoint; nothing if there are none."
     if not isinstance(content, dict):
         return {}, where
@@ -109,29 +96,25 @@ class Weights:
     spec: dict = field(default_factory=dict)  # of a hub's folder: architecture, size, mean, std
     notes: tuple[str, ...] = ()  # what was read and assumed, in words
 
-
+# %% ../nbs/14_teachers.ipynb #cell-4089d7
 def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], set[str]]:
     "(tensors, prefixes taken off, names that did not have them)."
     stripped, outside = [], set()
-    while prefix := next(
-        (p for p in PREFIXES if sum(n.startswith(p) for n in tensors) >= 0.8 * len(tensors)), ""
-    ):
+    most = lambda prefix: sum(name.startswith(prefix) for name in tensors) >= 0.8 * len(tensors)
+    while prefix := next(filter(most, PREFIXES), ""):
         outside |= {name for name in tensors if not name.startswith(prefix)}
         inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         tensors = {name: t for name, t in tensors.items() if not name.startswith(prefix)} | inside
         stripped.append(prefix)
     return tensors, stripped, outside
 
-
+# %% ../nbs/14_teachers.ipynb #cell-5d4faf
 def clean_weights(tensors: dict[str, Tensor], **said) -> Weights:
     "Weights without wrappings and left-overs; half precision becomes float32."
     tensors, prefixes, outside = strip_prefixes({n: t for n, t in tensors.items() if not LEFT_OVER.search(n)})
-    kinds = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()} - {
-        "float32"
-    }
-    notes = [f"prefix {''.join(prefixes)!r} taken off"] * bool(prefixes) + [
-        f"{k} became float32" for k in sorted(kinds)
-    ]
+    kinds = {str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()}
+    notes = [f"prefix {''.join(prefixes)!r} taken off"] * bool(prefixes)
+    notes += [f"{kind} became float32" for kind in sorted(kinds - {"float32"})]
     tensors = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
     return Weights(tensors, frozenset(outside), notes=(*said.pop("notes", ()), *notes), **said)
 
@@ -144,7 +127,7 @@ class Skeleton:
     head: tuple[str, ...]  # names of the weights of the last layer
     stem: str  # name of the first convolution's weight
 
-
+# %% ../nbs/14_teachers.ipynb #cell-df6607
 def network_of(backbone: nn.Module) -> nn.Module:
     "The network whose names a file has: inside our wrapper, if it is torchvision's."
     return backbone.network if isinstance(backbone, Foreign) else backbone
@@ -157,7 +140,7 @@ def default_size(name: str) -> int:
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return 32 if name in SMALL_MODELS or cfg is None else cfg.input_size[-1]
 
-
+# %% ../nbs/14_teachers.ipynb #cell-5f1e6d
 @functools.lru_cache(maxsize=256)
 def skeleton(name: str, size: int) -> Skeleton:
     "The skeleton of an architecture for colour images."
@@ -169,9 +152,8 @@ def skeleton(name: str, size: int) -> Skeleton:
     heads = [n for n, m in layers.items() if any(m is end for end in ends)]
     heads = heads or convolutions[-1:]  # where no layer's output is the logits
     stem = next(iter(convolutions), None)
-    shapes = {
-        n: tuple(t.shape) for n, t in network.state_dict().items() if not n.endswith("num_batches_tracked")
-    }
+    state = {n: t for n, t in network.state_dict().items() if not n.endswith("num_batches_tracked")}
+    shapes = {n: tuple(t.shape) for n, t in state.items()}
     head = tuple(n for n in shapes for h in heads if n in (f"{h}.weight", f"{h}.bias"))
     return Skeleton(shapes, head, f"{stem}.weight")
 
@@ -208,29 +190,24 @@ def _renamed_head(weights: Weights, bones: Skeleton) -> dict[str, str]:
     old, new = matrices[0].removesuffix("weight"), wanted[0].rpartition(".")[0] + "."
     return {old + n.rpartition(".")[2]: new + n.rpartition(".")[2] for n in wanted}
 
-
+# %% ../nbs/14_teachers.ipynb #cell-a093fd
 def compare(weights: Weights, name: str, size: int) -> Fit:
     "Hold the names and shapes of weights against an architecture."
     bones = skeleton(name, size)
     head = _renamed_head(weights, bones)
-    there = {
-        head.get(n, n): tuple(t.shape)
-        for n, t in weights.tensors.items()
-        if not n.endswith("num_batches_tracked")
-    }
+    counted = {n: t for n, t in weights.tensors.items() if not n.endswith("num_batches_tracked")}
+    there = {head.get(n, n): tuple(t.shape) for n, t in counted.items()}
     free = lambda n, s: (None, *s[1:]) if n in bones.head else (s[0], None, *s[2:]) if n == bones.stem else s
     same = {n for n, s in bones.shapes.items() if n in there and free(n, s) == free(n, there[n])}
-    last = next((there[n][0] for n in bones.head if n in there), 0)
+    wrong = {n: s for n, s in bones.shapes.items() if n in there and n not in same}
     return Fit(
         name,
         size,
         len(same) / len(bones.shapes | there),
         missing=tuple(n for n in bones.shapes if n not in there),
         unexpected=tuple(n for n in there if n not in bones.shapes and n not in weights.outside),
-        wrong=tuple(
-            f"{n} {there[n]}, not {s}" for n, s in bones.shapes.items() if n in there and n not in same
-        ),
-        classes=last,
+        wrong=tuple(f"{n} {there[n]}, not {s}" for n, s in wrong.items()),
+        classes=next((there[n][0] for n in bones.head if n in there), 0),
         channels=there.get(bones.stem, (0, 3))[1],
         head=head,
     )
@@ -244,11 +221,7 @@ FAMILIES = (  # a name of weights; how names of architectures begin, the likelie
         "timm",
     ),
     (r"^features\.denseblock1\.", ["densenet"], "timm"),
-    (
-        r"^features\.\d+\.0\.weight|^features\.\d+\.conv",
-        ["mobilenet", "efficientnet", "convnext", "swin"],
-        "torchvision",
-    ),
+    (r"^features\.\d+\.(0\.weight|conv)", "mobilenet efficientnet convnext swin".split(), "torchvision"),
     (r"^features\.\d+\.weight", ["vgg", "alexnet", "squeezenet"], "both"),
     (
         r"^conv_stem\.",
@@ -281,7 +254,7 @@ def candidates(tensors: dict[str, Tensor]) -> list[str]:
                 found = dict.fromkeys(alike, place) | found
     return sorted(found, key=lambda name: (*_unlike(name, tensors), found[name], len(name), name))
 
-
+# %% ../nbs/14_teachers.ipynb #cell-650e7a
 def _unlike(name: str, tensors: dict[str, Tensor]) -> tuple[bool, int]:
     "What speaks against an architecture: a word for another width, a number that is not the depth."
     widths = {192: "tiny", 384: "small", 768: "base", 1024: "large"}
@@ -291,20 +264,16 @@ def _unlike(name: str, tensors: dict[str, Tensor]) -> tuple[bool, int]:
     depth = sum(t.ndim in (2, 4) and not side.search(n) for n, t in tensors.items())
     return widths.get(width, "") not in name, abs(int(numbers[0]) - depth) if numbers else 0
 
-
+# %% ../nbs/14_teachers.ipynb #cell-45ea4f
 def image_size(tensors: dict[str, Tensor]) -> int:  # 0: the weights do not depend on it
     "The image size, in pixels, for which a vision transformer has positions."
-    positions = next(
-        (t for n, t in tensors.items() if re.search(r"pos_emb(ed|edding)$", n) and t.ndim == 3), None
-    )
-    patch = next(
-        (t.shape[-1] for n, t in tensors.items() if re.search(r"(patch_embed\.proj|conv_proj)\.weight$", n)),
-        0,
-    )
-    sides = [] if positions is None else [math.isqrt(positions.shape[1] - extra) for extra in (0, 1, 2)]
-    return next(
-        (side * patch for extra, side in enumerate(sides) if side**2 == positions.shape[1] - extra), 0
-    )
+    named = lambda pattern, ndim: [t for n, t in tensors.items() if re.search(pattern, n) and t.ndim == ndim]
+    positions = named(r"pos_emb(ed|edding)$", 3)
+    patches = named(r"(patch_embed\.proj|conv_proj)\.weight$", 4)
+    if not positions or not patches:
+        return 0
+    grids = [positions[0].shape[1] - tokens for tokens in (0, 1, 2)]
+    return next((math.isqrt(n) * patches[0].shape[-1] for n in grids if math.isqrt(n) ** 2 == n), 0)
 
 # %% ../nbs/14_teachers.ipynb #cell-23
 MOST = 40  # candidates tried
@@ -337,13 +306,11 @@ def substitute(name: str, rules: Iterable[tuple[str, str | Callable]]) -> str:
 
 def _counted(names: list[str], pattern: str) -> dict[str, int]:
     "The blocks that a pattern finds in names, numbered in their order."
-    blocks = sorted(
-        {m[1] for n in names if (m := re.match(pattern, n))},
-        key=lambda b: [int(d) for d in re.findall(r"\d+", b)],
-    )
+    numbers = lambda block: [int(digits) for digits in re.findall(r"\d+", block)]
+    blocks = sorted({m[1] for n in names if (m := re.match(pattern, n))}, key=numbers)
     return {block: i for i, block in enumerate(blocks)}
 
-
+# %% ../nbs/14_teachers.ipynb #cell-fb69fa
 def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "ResNets with a 3 x 3 stem, and Wide ResNets of `block1.layer.0`, by our names; others as they are."
     stem, blocks = tensors.get("conv1.weight"), _counted(list(tensors), BLOCK)
@@ -362,48 +329,51 @@ def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {substitute(name, rules): tensor for name, tensor in tensors.items()}
 
 # %% ../nbs/14_teachers.ipynb #cell-29
-TRANSFORMERS = {  # model type -> regular expressions from its names to timm's
-    "resnet": (
-        (r"^resnet\.", ""),
-        (r"^embedder\.embedder\.convolution", "conv1"),
-        (r"^embedder\.embedder\.normalization", "bn1"),
-        (r"^encoder\.stages\.(\d+)\.layers", lambda m: f"layer{int(m[1]) + 1}"),
-        (r"shortcut\.convolution", "downsample.0"),
-        (r"shortcut\.normalization", "downsample.1"),
-        (r"layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}"),
-        (r"layer\.(\d)\.normalization", lambda m: f"bn{int(m[1]) + 1}"),
-        (r"^classifier\.1", "fc"),
-    ),
-    "vit": (
-        (r"^vit\.", ""),
-        (r"^embeddings\.cls_token", "cls_token"),
-        (r"^embeddings\.position_embeddings", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-        (r"^(encoder\.layer|layers)\.", "blocks."),
-        (r"attention\.(attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.", lambda m: f"attn.{m[2][0]}."),
-        (r"attention\.(output\.dense|o_proj)", "attn.proj"),
-        (r"(intermediate\.dense|mlp\.fc1)", "mlp.fc1"),
-        (r"(?<!attn\.)output\.dense", "mlp.fc2"),
-        (r"layernorm_before", "norm1"),
-        (r"layernorm_after", "norm2"),
-        (r"^layernorm", "norm"),
-        (r"^classifier", "head"),
-    ),
-    "convnext": (
-        (r"^convnext\.", ""),
-        (r"^embeddings\.patch_embeddings", "stem.0"),
-        (r"^embeddings\.layernorm", "stem.1"),
-        (r"^encoder\.", ""),
-        (r"downsampling_layer", "downsample"),
-        (r"\.layers\.", ".blocks."),
-        (r"dwconv", "conv_dw"),
-        (r"pwconv(\d)", r"mlp.fc\1"),
-        (r"layer_scale_parameter", "gamma"),
-        (r"blocks\.(\d+)\.layernorm", r"blocks.\1.norm"),
-        (r"^layernorm", "head.norm"),
-        (r"^classifier", "head.fc"),
-    ),
-}
+TRANSFORMERS: dict[str, tuple] = {}  # model type -> regular expressions from its names to timm's
+TRANSFORMERS["resnet"] = (
+    (r"^resnet\.", ""),
+    (r"^embedder\.embedder\.convolution", "conv1"),
+    (r"^embedder\.embedder\.normalization", "bn1"),
+    (r"^encoder\.stages\.(\d+)\.layers", lambda m: f"layer{int(m[1]) + 1}"),
+    (r"shortcut\.convolution", "downsample.0"),
+    (r"shortcut\.normalization", "downsample.1"),
+    (r"layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}"),
+    (r"layer\.(\d)\.normalization", lambda m: f"bn{int(m[1]) + 1}"),
+    (r"^classifier\.1", "fc"),
+)
+
+# %% ../nbs/14_teachers.ipynb #cell-11e6be
+TRANSFORMERS["vit"] = (
+    (r"^vit\.", ""),
+    (r"^embeddings\.cls_token", "cls_token"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^(encoder\.layer|layers)\.", "blocks."),
+    (r"attention\.(attention\.)?(query|key|value|q_proj|k_proj|v_proj)\.", lambda m: f"attn.{m[2][0]}."),
+    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
+    (r"(intermediate\.dense|mlp\.fc1)", "mlp.fc1"),
+    (r"(?<!attn\.)output\.dense", "mlp.fc2"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"^layernorm", "norm"),
+    (r"^classifier", "head"),
+)
+
+# %% ../nbs/14_teachers.ipynb #cell-30d5eb
+TRANSFORMERS["convnext"] = (
+    (r"^convnext\.", ""),
+    (r"^embeddings\.patch_embeddings", "stem.0"),
+    (r"^embeddings\.layernorm", "stem.1"),
+    (r"^encoder\.", ""),
+    (r"downsampling_layer", "downsample"),
+    (r"\.layers\.", ".blocks."),
+    (r"dwconv", "conv_dw"),
+    (r"pwconv(\d)", r"mlp.fc\1"),
+    (r"layer_scale_parameter", "gamma"),
+    (r"blocks\.(\d+)\.layernorm", r"blocks.\1.norm"),
+    (r"^layernorm", "head.norm"),
+    (r"^classifier", "head.fc"),
+)
 
 # %% ../nbs/14_teachers.ipynb #cell-70afd3
 def from_transformers(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -421,17 +391,12 @@ def _json(path: Path) -> dict:
     except ValueError:
         invalid("weights", path.parent.name, f"its {path.name} is no JSON")
 
-
+# %% ../nbs/14_teachers.ipynb #cell-c351b1
 def _hub_normalisation(config: dict, preprocessor: dict) -> dict:
     "Size, mean and standard deviation that a folder states."
     cfg = config.get("pretrained_cfg", {})
-    places = (
-        preprocessor.get("crop_size"),
-        preprocessor.get("size"),
-        cfg.get("input_size"),
-        config.get("image_size"),
-    )
-    size = next(filter(None, places), 0)
+    places = (preprocessor.get("crop_size"), preprocessor.get("size"), cfg.get("input_size"))
+    size = next(filter(None, (*places, config.get("image_size"))), 0)
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 0
     size = int(size[-1] if isinstance(size, list) else size)
@@ -447,11 +412,8 @@ def read_folder(path: Path) -> Weights:
     config, preprocessor = _json(path / "config.json"), _json(path / "preprocessor_config.json")
     files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()]
     if not config or not files:
-        invalid(
-            "weights",
-            path.name,
-            "a folder must hold config.json and model.safetensors, as on the Hugging Face hub",
-        )
+        needed = "a folder must hold config.json and model.safetensors, as on the Hugging Face hub"
+        invalid("weights", path.name, needed)
     tensors, _ = find_weights(read_content(files[0])[0])
     spec = _hub_normalisation(config, preprocessor)
     if name := config.get("architecture"):  # timm's own
@@ -459,14 +421,10 @@ def read_folder(path: Path) -> Weights:
     elif (kind := config.get("model_type")) in TRANSFORMERS:
         tensors = from_transformers(tensors, kind)
     else:
-        invalid(
-            "weights",
-            path.name,
-            f"its model type is {kind!r}; known are timm's own and {', '.join(TRANSFORMERS)}",
-        )
-    return clean_weights(
-        tensors, classes=file_classes(config), spec=spec, notes=("read from a folder of the hub",)
-    )
+        known = f"timm's own and {', '.join(TRANSFORMERS)}"
+        invalid("weights", path.name, f"its model type is {kind!r}; known are {known}")
+    notes = ("read from a folder of the hub",)
+    return clean_weights(tensors, classes=file_classes(config), spec=spec, notes=notes)
 
 # %% ../nbs/14_teachers.ipynb #cell-31
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -489,28 +447,14 @@ def file_classes(content: Any) -> tuple[str, ...]:
     "The class names in a checkpoint or a configuration, in the order of the logits, if there are any."
     if not isinstance(content, dict):
         return ()
-    for key in (
-        "class_to_idx",
-        "label2id",
-        "id2label",
-        "idx_to_class",
-        "classes",
-        "class_names",
-        "label_names",
-        "labels",
-    ):
+    numbered = ("class_to_idx", "label2id", "id2label", "idx_to_class")
+    for key in (*numbered, "classes", "class_names", "label_names", "labels"):
         if (named := content.get(key)) and (names := ordered_names(named)):
             return names
-    return next(
-        (
-            names
-            for key in ("hyper_parameters", "config", "meta", "hparams")
-            if (names := file_classes(content.get(key)))
-        ),
-        (),
-    )
+    settings = (content.get(key) for key in ("hyper_parameters", "config", "meta", "hparams"))
+    return next(filter(None, map(file_classes, settings)), ())
 
-
+# %% ../nbs/14_teachers.ipynb #cell-4a524b
 def ordered_names(named: Any) -> tuple[str, ...]:
     "Names from a list, from number -> name or name -> number, if the numbers are 0, 1, 2, ..."
     if isinstance(named, list | tuple):
@@ -536,16 +480,15 @@ def convention(name: str, channels: int) -> tuple[tuple[float, ...], tuple[float
     "(mean, standard deviation) of a convention; for other than three channels their averages."
     return tuple(v if channels == 3 else (sum(v) / 3,) * channels for v in CONVENTIONS[name])
 
-
+# %% ../nbs/14_teachers.ipynb #cell-a01d4b
 def _numbers(name: str, value: Any, channels: int) -> tuple[float, ...]:
     "A number for each channel, of a list or a comma-separated text; one number is that of every channel."
     parts = value if isinstance(value, list | tuple) else str(value).strip("[]() ").split(",")
     try:
         numbers = tuple(float(part) for part in parts)
     except ValueError:
-        invalid(
-            name, value, f"it must be numbers with commas between them, or one of {', '.join(CONVENTIONS)}"
-        )
+        usual = ", ".join(CONVENTIONS)
+        invalid(name, value, f"it must be numbers with commas between them, or one of {usual}")
     numbers = numbers * channels if len(numbers) == 1 else numbers
     if len(numbers) != channels or not all(map(math.isfinite, numbers)):
         invalid(name, value, f"images of {channels} channels need {channels} finite numbers")
@@ -571,11 +514,8 @@ def normalisation(
         invalid("std", std, "what pixels are divided by must be above 0")
     if max(mean + std) <= 1:
         return mean, std, []
-    return (
-        tuple(v / 255 for v in mean),
-        tuple(v / 255 for v in std),
-        ["mean and std are of values in [0, 255]: divided by 255"],
-    )
+    mean, std = (tuple(v / 255 for v in values) for values in (mean, std))
+    return mean, std, ["mean and std are of values in [0, 255]: divided by 255"]
 
 # %% ../nbs/14_teachers.ipynb #cell-097f99
 def class_list(value: Any) -> tuple[str, ...]:
@@ -591,7 +531,7 @@ def class_list(value: Any) -> tuple[str, ...]:
         invalid("classes", ",".join(names), "each class needs a name of its own")
     return names
 
-
+# %% ../nbs/14_teachers.ipynb #cell-ffec9a
 def _names_in_file(path: Path) -> list[str] | tuple[str, ...]:
     "Names of a text file, one a line, or of JSON."
     if not path.is_file():
@@ -612,12 +552,11 @@ def named_architectures(name: str) -> list[str]:
     known = [n for n in (name, TORCHVISION + name) if n in (*timm.list_models(), *torchvision_names())]
     if not known:
         close = difflib.get_close_matches(name, [*timm.list_models(), *torchvision_names()], 3, 0.4)
-        invalid(
-            "architecture", name, f"it must be a model of timm or torchvision, such as {', '.join(close)}"
-        )
+        similar = ", ".join(close)
+        invalid("architecture", name, f"it must be a model of timm or torchvision, such as {similar}")
     return known
 
-
+# %% ../nbs/14_teachers.ipynb #cell-af3ff0
 def renamed(weights: Weights) -> Weights:
     "Weights of the usual small networks by our names."
     return replace(weights, tensors=our_names(weights.tensors))
@@ -630,29 +569,21 @@ def choose_architecture(weights: Weights, architecture: str, size: int) -> tuple
         names = named_architectures(architecture) if architecture else []
         fits = [compare(tried, n, own or default_size(n)) for n in names] if names else likeliest(tried, size)
         if exact := [f for f in fits if f.exact]:
-            others = [f.name for f in exact[1:]]
-            notes = [
-                f"the weights also fit {', '.join(others)}: say -p architecture if it is one of these"
-            ] * bool(others)
-            return exact[0], tried, notes
+            others = ", ".join(f.name for f in exact[1:])
+            note = f"the weights also fit {others}: say -p architecture if it is one of these"
+            return exact[0], tried, [note] * bool(others)
     refuse_architecture(weights, architecture, fits, size)
 
-
+# %% ../nbs/14_teachers.ipynb #cell-3d9997
 def refuse_architecture(weights: Weights, architecture: str, fits: list[Fit], size: int) -> None:
     "Say what does not fit, and what would."
     best = next(iter(likeliest(renamed(weights), size) or likeliest(weights, size)), None)
-    likely = (
-        f"the likeliest is {best.name}, {best.share:.0%} of it is the same"
-        if best
-        else "nothing here has such names"
-    )
+    likely = "nothing here has such names"
+    if best:
+        likely = f"the likeliest is {best.name}, {best.share:.0%} of it is the same"
     if not architecture:
-        some = ", ".join(list(weights.tensors)[:3])
-        invalid(
-            "architecture",
-            "",
-            f"the weights ({some}, ...) fit none that was tried; {likely}" + (f" ({best})" if best else ""),
-        )
+        some, why = ", ".join(list(weights.tensors)[:3]), f" ({best})" if best else ""
+        invalid("architecture", "", f"the weights ({some}, ...) fit none that was tried; {likely}{why}")
     worst = max(fits, key=lambda f: f.share)
     invalid("architecture", architecture, f"the weights do not fit it ({worst}); {likely}")
 
@@ -668,21 +599,18 @@ class Imported:
         "Write our teacher file."
         return save_classifier(path, self.model, {"accuracy": None, "notes": list(self.notes)} | meta)
 
-
+# %% ../nbs/14_teachers.ipynb #cell-e6fbdd
 def _classes(asked: tuple[str, ...], own: tuple[str, ...], outputs: int) -> tuple[tuple[str, ...], list[str]]:
     "Names for so many outputs: what is asked for, what the file says, or numbers."
     if asked and len(asked) != outputs:
-        invalid(
-            "classes",
-            ",".join(asked[:5]),
-            f"these are {len(asked)} names, and the last layer has {outputs} outputs",
-        )
+        mismatch = f"these are {len(asked)} names, and the last layer has {outputs} outputs"
+        invalid("classes", ",".join(asked[:5]), mismatch)
     if asked or len(own) == outputs:
         return asked or own, []
     said = f"the file names {len(own)} classes, and the last layer has {outputs} outputs: " if own else ""
     return tuple(map(str, range(outputs))), [f"{said}classes are numbers"]
 
-
+# %% ../nbs/14_teachers.ipynb #cell-4153c0
 def _normalisation(mean: Any, std: Any, spec: dict, channels: int) -> tuple:
     "What the user says, what the file says, or ImageNet's."
     if mean != "" or std != "":
@@ -690,9 +618,8 @@ def _normalisation(mean: Any, std: Any, spec: dict, channels: int) -> tuple:
     if "mean" in spec:
         mean, std, notes = normalisation(spec["mean"], spec.get("std", ""), channels)
         return mean, std, [*notes, "normalisation as the folder says"]
-    return *convention("imagenet", channels), [
-        "nothing says how images were normalised: ImageNet's is assumed"
-    ]
+    note = "nothing says how images were normalised: ImageNet's is assumed"
+    return *convention("imagenet", channels), [note]
 
 # %% ../nbs/14_teachers.ipynb #cell-b06692
 def read_weights(path: Path) -> Weights:
@@ -704,9 +631,8 @@ def read_weights(path: Path) -> Weights:
     if not tensors:
         invalid("weights", path.name, "it holds no weights of a network")
     said = {key: _parsed(value) for key, value in header.items()} if header else content
-    return clean_weights(
-        tensors, classes=file_classes(said), notes=(f"weights under {where!r}",) * bool(where)
-    )
+    notes = (f"weights under {where!r}",) * bool(where)
+    return clean_weights(tensors, classes=file_classes(said), notes=notes)
 
 
 def _parsed(value: str) -> Any:
@@ -728,7 +654,7 @@ class Stated:
     mean: Any
     std: Any
 
-
+# %% ../nbs/14_teachers.ipynb #cell-2377c5
 def from_weights(weights: Weights, stated: Stated) -> Imported:
     "A classifier of the architecture that the weights fit."
     size = stated.size or weights.spec.get("size", 0)
@@ -738,16 +664,12 @@ def from_weights(weights: Weights, stated: Stated) -> Imported:
         invalid("channels", stated.channels, f"the first convolution takes {fit.channels}")
     names, said = _classes(stated.classes, weights.classes, fit.classes)
     mean, std, how = _normalisation(stated.mean, stated.std, weights.spec, fit.channels)
-    guessed = (
-        []
-        if size or image_size(weights.tensors)
-        else [f"size is not said: {fit.size} pixels, what {fit.name} was made for"]
-    )
+    if not size and not image_size(weights.tensors):
+        notes = [*notes, f"size is not said: {fit.size} pixels, what {fit.name} was made for"]
     model = from_spec(ModelSpec(fit.name, names, fit.channels, fit.size, mean, std))
     left = fill(network_of(model.backbone), {fit.head.get(n, n): t for n, t in weights.tensors.items()})
-    return Imported(
-        freeze(model), (f"architecture {fit.name}", *weights.notes, *notes, *guessed, *said, *how, *left)
-    )
+    notes = (f"architecture {fit.name}", *weights.notes, *notes, *said, *how, *left)
+    return Imported(freeze(model), notes)
 
 
 def fill(network: nn.Module, state: dict[str, Tensor]) -> list[str]:
@@ -765,7 +687,7 @@ def needed_size(stated: Stated) -> int:
         invalid("size", stated.size, what)
     return stated.size
 
-
+# %% ../nbs/14_teachers.ipynb #cell-0843a8
 def from_program(
     network: bytes | nn.Module | Callable,  # the content of a .pt2 file, or images to logits
     stated: Stated,
@@ -786,7 +708,7 @@ def from_program(
         invalid("weights", name, str(error))
     return Imported(freeze(model), ("a whole program", *program_notes(model.backbone), *said, *how))
 
-
+# %% ../nbs/14_teachers.ipynb #cell-6dc0b6
 def program_notes(backbone: Program) -> list[str]:
     "What can be read inside a program, and which terms do not apply for the lack of it."
     bn = sum(isinstance(m, nn.BatchNorm2d) for m in backbone.modules())
@@ -806,7 +728,7 @@ def existing(path: str | Path) -> Path:
         invalid("weights", str(path), "there is no such file or folder")
     return Path(path)
 
-
+# %% ../nbs/14_teachers.ipynb #cell-c946ca
 def program_file(path: Path, kind: str, stated: Stated) -> bytes | nn.Module:
     "What a program's file holds, as `from_program` takes it."
     content = path.read_bytes()
@@ -818,7 +740,7 @@ def program_file(path: Path, kind: str, stated: Stated) -> bytes | nn.Module:
     except ProgramError as error:
         invalid("weights", path.name, str(error))
 
-
+# %% ../nbs/14_teachers.ipynb #cell-8a139d
 def own_file(path: Path, stated: Stated) -> Imported:
     "A teacher file of this library, with other names or another normalisation if they are given."
     model, _ = load_classifier(path)
@@ -860,6 +782,24 @@ def import_teacher(
         return own_file(path, stated)
     return from_weights(read_weights(path), stated)
 
+# %% ../nbs/14_teachers.ipynb #cell-aae30c
+def random_crops(
+    photos: list[Float[Tensor, "c h w"]],  # taken in turn
+    size: int,  # pixels
+    n: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "n c size size"]:
+    "Square crops of any place and side of at least `size`, brought to that size."
+    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
+    resize = functools.partial(F.interpolate, mode="bilinear", antialias=True, align_corners=False)
+    crops = []
+    for i in range(n):
+        photo = photos[i % len(photos)]
+        side = draw(min(size, photo.shape[1]), photo.shape[1])
+        top, left = draw(0, photo.shape[1] - side), draw(0, photo.shape[2] - side)
+        crops.append(resize(photo[None, :, top : top + side, left : left + side], (size, size))[0])
+    return torch.stack(crops)
+
 # %% ../nbs/14_teachers.ipynb #cell-48
 @functools.lru_cache(maxsize=8)
 def neutral_images(channels: int, size: int, n: int = 96) -> dict[str, Float[Tensor, "n c h w"]]:
@@ -867,23 +807,11 @@ def neutral_images(channels: int, size: int, n: int = 96) -> dict[str, Float[Ten
     from sklearn.datasets import load_sample_images  # slow to import, and needed by few
 
     photos = [torch.tensor(np.array(p)).permute(2, 0, 1).float() / 255 for p in load_sample_images().images]
-    generator, crops = torch.Generator().manual_seed(0), []
-    draw = lambda low, high: int(torch.randint(low, high + 1, (), generator=generator))
-    for i in range(n):
-        photo = photos[i % 2]
-        side = draw(min(size, photo.shape[1]), photo.shape[1])
-        top, left = draw(0, photo.shape[1] - side), draw(0, photo.shape[2] - side)
-        crop = photo[None, :, top : top + side, left : left + side]
-        crops.append(
-            F.interpolate(crop, (size, size), mode="bilinear", antialias=True, align_corners=False)[0]
-        )
-    x = torch.stack(crops)
+    generator = torch.Generator().manual_seed(0)
+    x = random_crops(photos, size, n, generator)
     x = x if channels == 3 else x.mean(1, keepdim=True).repeat(1, channels, 1, 1)
-    return {
-        "crops": x,
-        "dark crops": (1.6 * x - 0.6).clamp(0, 1),
-        "noise": torch.rand(x.shape, generator=generator),
-    }
+    noise = torch.rand(x.shape, generator=generator)
+    return {"crops": x, "dark crops": (1.6 * x - 0.6).clamp(0, 1), "noise": noise}
 
 # %% ../nbs/14_teachers.ipynb #cell-49
 def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
@@ -891,17 +819,15 @@ def batch_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
     fresh = lambda m: not m.running_mean.any() and bool((m.running_var == 1).all())
     return [m for m in batchnorm_layers(model) if not fresh(m)]
 
-
+# %% ../nbs/14_teachers.ipynb #cell-4c3fe3
 @torch.no_grad()
 def first_input(
     model: Classifier, layers: list[nn.BatchNorm2d], x: Float[Tensor, "n c h w"]
 ) -> tuple[nn.BatchNorm2d, Tensor]:
     "The first of these layers to run, and what enters it."
     seen = []
-    hooks = [
-        m.register_forward_pre_hook(lambda m, inputs: seen.append((m, inputs[0])) if not seen else None)
-        for m in layers
-    ]
+    see = lambda layer, inputs: seen.append((layer, inputs[0])) if not seen else None
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
     try:
         model(x)
     finally:
@@ -909,7 +835,7 @@ def first_input(
             hook.remove()
     return seen[0]
 
-
+# %% ../nbs/14_teachers.ipynb #cell-2f1813
 def statistics_distance(
     model: Classifier, layers: list[nn.BatchNorm2d], x: Float[Tensor, "n c h w"]
 ) -> float:
@@ -922,9 +848,7 @@ def statistics_distance(
     return float(distance.log1p().mean())
 
 # %% ../nbs/14_teachers.ipynb #cell-50
-def normalised_by(
-    model: Classifier, mean: tuple[float, ...], std: tuple[float, ...]
-) -> Classifier:
+def normalised_by(model: Classifier, mean: tuple[float, ...], std: tuple[float, ...]) -> Classifier:
     "The same network under another normalisation."
     spec = replace(model.spec, mean=mean, std=std)
     return Classifier(spec, model.backbone).to(model.mean.device).eval()
@@ -940,7 +864,7 @@ def normalisation_distances(model: Classifier) -> dict[str, float]:
     under = {name: normalised_by(model, m, s) for name, (m, s) in ways.items()}
     return {name: min(statistics_distance(way, layers, x) for x in images) for name, way in under.items()}
 
-
+# %% ../nbs/14_teachers.ipynb #cell-61689b
 FAR, TIMES = 0.3, 3  # a normalisation is doubted above this distance, if another is so many times nearer
 
 
@@ -968,24 +892,20 @@ def on_noise(model: Classifier) -> dict[str, float]:
 # %% ../nbs/14_teachers.ipynb #cell-71c0c3
 def best_order(predicted: Tensor, labels: Tensor, classes: int) -> tuple[list[int], float]:
     "(the class of the images that each output stands for, accuracy in percent then)."
-    confusion = torch.zeros(classes, classes).index_put_(
-        (predicted, labels), torch.ones(len(labels)), accumulate=True
-    )
+    ones = torch.ones(len(labels))
+    confusion = torch.zeros(classes, classes).index_put_((predicted, labels), ones, accumulate=True)
     _, order = linear_sum_assignment(-confusion.numpy())
     return order.tolist(), 100 * float(confusion[range(classes), order].sum() / len(labels))
 
-
+# %% ../nbs/14_teachers.ipynb #cell-0b1613
 def on_labels(model: Classifier, images: ImageSet, most: int = 2000) -> dict[str, Any]:
     "Accuracy on labelled images, in percent, in the best order of classes, and under each normalisation."
     spec = model.spec
     for what in ("channels", "size", "num_classes"):
         own = len(spec.classes) if what == "num_classes" else getattr(spec, what)
         if getattr(images, what) != own:
-            invalid(
-                "dataset",
-                images.provenance.get("dataset", ""),
-                f"its {what} is {getattr(images, what)}, the teacher's {own}",
-            )
+            differs = f"its {what} is {getattr(images, what)}, the teacher's {own}"
+            invalid("dataset", images.provenance.get("dataset", ""), differs)
     index = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:most]
     some = images.subset(index.to(images.images.device)).to("cpu")
     x, y = some.batch(), some.hard_labels
@@ -994,13 +914,8 @@ def on_labels(model: Classifier, images: ImageSet, most: int = 2000) -> dict[str
     order, permuted = best_order(predicted, y, len(spec.classes))
     ways = {name: normalised_by(model, *convention(name, spec.channels)) for name in CONVENTIONS}
     under = {name: percent(logits_of(way, x[:n]).argmax(1)) for name, way in ways.items()}
-    return {
-        "accuracy": percent(predicted),
-        "permuted": permuted,
-        "order": order,
-        "under": under,
-        "images": len(x),
-    }
+    found = {"accuracy": percent(predicted), "permuted": permuted, "order": order}
+    return found | {"under": under, "images": len(x)}
 
 # %% ../nbs/14_teachers.ipynb #cell-56
 def multiply_adds(model: Classifier) -> int:
@@ -1010,7 +925,7 @@ def multiply_adds(model: Classifier) -> int:
         model(x)
     return counter.get_total_flops() // 2
 
-
+# %% ../nbs/14_teachers.ipynb #cell-24fa71
 @dataclass(frozen=True)
 class TeacherCard:
     "What is known of a teacher before anything long runs."
@@ -1032,36 +947,25 @@ def _label_warnings(seen: dict[str, Any], spec: ModelSpec) -> list[str]:
     if not seen or seen["accuracy"] >= 90:
         return []
     found, best = [], max(seen["under"], key=seen["under"].get)
+    now = f"accuracy is {seen['accuracy']:.1f} %"
     if seen["permuted"] > max(seen["accuracy"] + 10, 1.5 * seen["accuracy"]):
-        pairs = ", ".join(
-            f"{spec.classes[i]} is {spec.classes[j]}" for i, j in enumerate(seen["order"]) if i != j
-        )
-        found.append(
-            f"accuracy is {seen['accuracy']:.1f} %, and {seen['permuted']:.1f} % in another order: "
-            + pairs[:200]
-        )
+        moved = [(i, j) for i, j in enumerate(seen["order"]) if i != j]
+        pairs = ", ".join(f"{spec.classes[i]} is {spec.classes[j]}" for i, j in moved)
+        found.append(f"{now}, and {seen['permuted']:.1f} % in another order: {pairs[:200]}")
     if seen["under"][best] > seen["accuracy"] + 10:
-        found.append(
-            f"accuracy is {seen['accuracy']:.1f} %, and {seen['under'][best]:.1f} % with -p mean {best}: "
-            "check the normalisation"
-        )
+        found.append(f"{now}, and {seen['under'][best]:.1f} % with -p mean {best}: check the normalisation")
     return found
 
-
+# %% ../nbs/14_teachers.ipynb #cell-214a75
 def _normalisation_warnings(distances: dict[str, float]) -> list[str]:
     "What BatchNorm's memory says against the stated normalisation."
     if not (best := doubted(distances)):
         return []
-    why = {
-        "bytes": "values in [0, 255]",
-        "caffe": "values in [0, 255] less their mean",
-        "none": "values in [0, 1], not normalised",
-    }
+    why = {"bytes": "values in [0, 255]", "caffe": "values in [0, 255] less their mean"}
+    why |= {"none": "values in [0, 1], not normalised"}
     gap = f"distance {distances['stated']:.2f}, and {distances[best]:.2f} with -p mean {best}"
-    return [
-        f"the normalisation does not fit what the first BatchNorm layer was trained on ({gap}): "
-        + why.get(best, f"{best} normalisation")
-    ]
+    misfit = f"the normalisation does not fit what the first BatchNorm layer was trained on ({gap})"
+    return [f"{misfit}: {why.get(best, f'{best} normalisation')}"]
 
 # %% ../nbs/14_teachers.ipynb #cell-50778d
 def teacher_card(
@@ -1072,33 +976,31 @@ def teacher_card(
     "Check a teacher: seconds, whatever it is."
     model.eval()
     distances, seen = normalisation_distances(model), on_labels(model, images) if images is not None else {}
-    weights = sum(p.numel() for p in model.backbone.parameters())
     warnings = _normalisation_warnings(distances) + _label_warnings(seen, model.spec)
     return TeacherCard(
-        model.spec,
-        weights,
-        multiply_adds(model),
-        len(batch_norms(model)),
-        model.feature_dim,
-        distances,
-        on_noise(model),
-        seen,
-        tuple(notes),
-        tuple(warnings),
+        spec=model.spec,
+        parameters=sum(p.numel() for p in model.backbone.parameters()),
+        multiply_adds=multiply_adds(model),
+        batchnorm=len(batch_norms(model)),
+        features=model.feature_dim,
+        distances=distances,
+        noise=on_noise(model),
+        labelled=seen,
+        notes=tuple(notes),
+        warnings=tuple(warnings),
     )
 
 # %% ../nbs/14_teachers.ipynb #cell-58
-def card_markdown(card: TeacherCard) -> str:
-    "The card as Markdown."
+def card_rows(card: TeacherCard) -> dict[str, str]:
+    "What the card says, row by row, in words."
     spec, names = card.spec, card.spec.classes
-    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     numbers = lambda values: ", ".join(f"{v:.3g}" for v in values)
     fits = "cannot be checked: no BatchNorm layer has learned statistics"
     if card.distances:
         fits = f"distance {card.distances['stated']:.2f} (a right one is usually below {FAR})"
     rows = {
         "architecture": f"`{spec.name}`",
-        "classes": f"{len(names)}: {shown}",
+        "classes": f"{len(names)}: {', '.join(names[:10])}" + ", ..." * (len(names) > 10),
         "images": f"{spec.channels} x {spec.size} x {spec.size}",
         "normalisation": f"mean {numbers(spec.mean)}, std {numbers(spec.std)}; {fits}",
         "parameters": f"{card.parameters:,}",
@@ -1110,12 +1012,17 @@ def card_markdown(card: TeacherCard) -> str:
     }
     if card.labelled:
         rows["accuracy"] = f"{card.labelled['accuracy']:.1f} % of {card.labelled['images']:,} labelled images"
-    table = "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in rows.items())])
+    return rows
+
+
+def card_markdown(card: TeacherCard) -> str:
+    "The card as Markdown."
+    table = "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in card_rows(card).items())])
     said = "".join(f"\n- {note}" for note in card.notes)
     warned = "".join(f"\n\n**Check this:** {warning}." for warning in card.warnings)
     return f"{table}{warned}" + (f"\n\nWhat was read and assumed:\n{said}" if said else "")
 
-
+# %% ../nbs/14_teachers.ipynb #cell-749925
 def card_figure(card: TeacherCard) -> Figure | None:
     "How well each normalisation fits BatchNorm's memory; nothing without BatchNorm."
     if not card.distances:
