@@ -110,8 +110,8 @@ for seed in range(SCALE["seeds"]):
         for ipc in (1, 10, 50):
             add("run_condense", f"condense-{condenser}{ipc}-seed{seed}", f"-p condenser {condenser} -p ipc {ipc} -p seed {seed}")
 
-KINDS = ["conditional", "gradient_penalty", "unconditional", "hinge", "least_squares", "instance_noise", "no_augmentation"]
-FEW = [f"{kind}_few" for kind in ("conditional", "spectral", "unconditional", "hinge", "least_squares", "instance_noise", "no_augmentation")]
+KINDS = ["conditional", "gradient_penalty", "unconditional", "hinge", "least_squares", "instance_noise", "one_view"]
+FEW = [f"{kind}_few" for kind in ("conditional", "spectral", "unconditional", "hinge", "least_squares", "instance_noise", "one_view")]
 STUDY = {  # weight: alignments; at one image per class the discriminator is updated once a step anyway
     1: {0.03: FEW[:1], 0.1: ["conditional_few", "least_squares_few"], 0.3: [*FEW, "mmd"], 1: ["mmd"]},
     10: {0.1: ["gradient_penalty"], 0.3: ["conditional", "gradient_penalty", "mmd"], 1: [*KINDS, "one_d_step", "mmd"]},

@@ -10,6 +10,7 @@ __all__ = ['Params', 'FAMILIES', 'NEUTRAL', 'GEOMETRY', 'BOUNDS', 'REFERENCE_SIZ
 
 # %% ../nbs/01_augment.ipynb #cell-02
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -203,7 +204,7 @@ def _drawn(
 # %% ../nbs/01_augment.ipynb #cell-30
 def flippable(images: ImageSet) -> bool:
     "Whether mirror images are as good: colour images, unless their classes are numbers (SVHN)."
-    return images.channels == 3 and not all(name[:1].isdigit() for name in images.classes)
+    return images.channels == 3 and not all(re.match(r"\d+(\s|$)", name) for name in images.classes)
 
 # %% ../nbs/01_augment.ipynb #cell-31
 def standard(images: ImageSet) -> Augment:

@@ -20,6 +20,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from scipy.stats import false_discovery_control
 
 from .records import interval, interval_text, paired, points, read_records, verdict
 
@@ -73,7 +74,8 @@ def judge(claim: Claim, folder: Path, profile: str = "") -> dict | None:
     test = paired(pd.concat([method.assign(set="a"), baseline.assign(set="b")]), "a", "b")
     room = math.inf
     if claim.ceiling:
-        room = accuracies(claim.ceiling, folder, profile).accuracy.mean() - baseline.accuracy.mean()
+        pairs = accuracies(claim.ceiling, folder, profile).merge(baseline, on="seed")
+        room = float((pairs.accuracy_x - pairs.accuracy_y).mean())
     low, high = interval(test)
     told = {what: getattr(claim, what) for what in ("words", "setting", "paper", "page")}
     found = dict(low=low, high=high, room=room, verdict=verdict(test, room, claim.paper))
@@ -81,8 +83,12 @@ def judge(claim: Claim, folder: Path, profile: str = "") -> dict | None:
 
 # %% ../nbs/17_claims.ipynb #cell-09
 def judged(claims: Iterable[Claim], folder: Path, profile: str = "") -> pd.DataFrame:
-    "A row for each claim that has records."
-    return pd.DataFrame([row for claim in claims if (row := judge(claim, folder, profile))])
+    "A row for each claim that has records; `stands`: significant among all of them."
+    table = pd.DataFrame([row for claim in claims if (row := judge(claim, folder, profile))])
+    if len(table):
+        tested = table.p.dropna()
+        table["stands"] = table.index.isin(tested.index[false_discovery_control(tested) < 0.05])
+    return table
 
 # %% ../nbs/17_claims.ipynb #arms-2
 def of_arms(name, words, setting, files, method, baseline, paper, page, ceiling=None) -> Claim:
@@ -272,18 +278,18 @@ def claims_table(table: pd.DataFrame) -> str:
 def _row(r) -> str:
     paper = f"{r.paper:+g}" if r.paper == r.paper else "–"
     room = "–" if r.room == math.inf else f"{r.room:.1f}"
-    found = f"**{r.verdict}**" if r.verdict in ("reproduced", "opposite") else r.verdict
-    ours = f"{interval_text(r._asdict())}, n = {r.seeds}"
+    bold = "**" * r.stands
+    ours = f"{bold}{interval_text(r._asdict())}{bold}, n = {r.seeds}"
     page = f"[{r.page}]({r.page}.ipynb)"
-    return f"| {r.claim} | {r.words}: {r.setting} | {paper} | {ours} | {room} | {found} | {page} |"
+    return f"| {r.claim} | {r.words}: {r.setting} | {paper} | {ours} | {room} | {r.verdict} | {page} |"
 
 # %% ../nbs/17_claims.ipynb #short-2
 def by_setting(part: pd.DataFrame, most: int = 5) -> str:
     "The differences of a claim's settings, or where they lie if there are more than `most`."
-    number = lambda r: f"**{points(r.difference)}**" if r.low * r.high > 0 else points(r.difference)
+    number = lambda r: f"**{points(r.difference)}**" if r.stands else points(r.difference)
     if len(part) <= most:
         return "; ".join(f"{r.setting} {number(r)}" for r in part.itertuples())
-    significant = part[part.low * part.high > 0]
+    significant = part[part.stands]
     bounds = [number(r) for r in part.sort_values("difference").iloc[[0, -1]].itertuples()]
     above = f"{(significant.low > 0).sum()} significantly above zero"
     below = f", {n} below" if (n := (significant.high < 0).sum()) else ""

@@ -544,6 +544,7 @@ def expert_trajectories(
     "The weights of the experts, on the device; from the cache if they are there, begun ones are continued."
     read = ("network", "epsilon", "experts", "intervals", "interval", "lr_expert", "batch_size")
     config = {name: getattr(settings, name) for name in read} | {"source": task.train.fingerprint}
+    config |= {"precision": "tf32"} if precision_of(task.fabric) == "tf32" else {}
     compute = partial(train_experts, task, settings, whitening)
     save = lambda path, experts: save_tensors(path, {"experts": experts}, config)
     experts = cached("experts", config, compute, save, lambda path: load_tensors(path)[0]["experts"])
@@ -659,7 +660,8 @@ def condense(
     condenser = check_condenser(name, train, ipc, iterations)
     steps = 0 if condenser.coreset else iterations or default_iterations(condenser, train, ipc)
     settings = {"ipc": ipc, "iterations": steps, **asdict(condenser)}
-    settings |= {"precision": precision_of(fabric)} if condenser.mixed_precision else {}
+    precision = precision_of(fabric)
+    settings |= {"precision": precision} if condenser.mixed_precision or precision == "tf32" else {}
     config = {"condenser": condenser, "seed": seed, "source": train.fingerprint, **settings}
     compute = partial(make_condensed, condenser, train, ipc, seed, steps, fabric)
     notes = provenance(name, settings, seed, train)

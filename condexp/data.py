@@ -134,7 +134,7 @@ class ImageSet(_Facts):
 
     def batch(self, index: Int[Tensor, " b"] | None = None) -> Float[Tensor, "b c h w"]:
         "Images `index` (default all) as float32 in [0, 1], selected on the set's own device."
-        x = self.images if index is None else self.images.index_select(0, index)
+        x = self.images if index is None else self.images.index_select(0, index.to(self.images.device))
         return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
     def subset(self, index: Int[Tensor, " b"] | Sequence[int], **provenance) -> "ImageSet":

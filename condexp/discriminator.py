@@ -230,7 +230,7 @@ ALIGNMENTS: dict[str, AlignmentSettings] = {
     "hinge": DiscriminatorSettings(**_PENALTY, loss="hinge"),
     "least_squares": DiscriminatorSettings(**_PENALTY, loss="least_squares"),
     "instance_noise": DiscriminatorSettings(**_PENALTY, noise=1.0),
-    "no_augmentation": DiscriminatorSettings(**_PENALTY, views=1),
+    "one_view": DiscriminatorSettings(**_PENALTY, views=1),
     "one_d_step": DiscriminatorSettings(**_PENALTY, steps=1),
     "auxiliary_few": DiscriminatorSettings(**_FEW, conditioning="auxiliary"),
     "two_k_few": DiscriminatorSettings(**_FEW, conditioning="two_k"),
@@ -239,7 +239,7 @@ ALIGNMENTS: dict[str, AlignmentSettings] = {
     "hinge_few": DiscriminatorSettings(**_FEW, loss="hinge"),
     "least_squares_few": DiscriminatorSettings(**_FEW, loss="least_squares"),
     "instance_noise_few": DiscriminatorSettings(**_FEW, noise=1.0),
-    "no_augmentation_few": DiscriminatorSettings(**_FEW, views=1),
+    "one_view_few": DiscriminatorSettings(**_FEW, views=1),
 }
 
 # %% ../nbs/06_discriminator.ipynb #cell-55
@@ -542,8 +542,11 @@ def class_variance(
     return float(100 * within(a, labels_a) / within(b, labels_b).clamp(min=1e-12))
 
 # %% ../nbs/06_discriminator.ipynb #cell-64
-def _row_mean(values: Float[Tensor, "n n"], mask: Bool[Tensor, "n n"]) -> Float[Tensor, ""]:
-    return ((values * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+def _row_mean(
+    values: Float[Tensor, "n n"], mask: Bool[Tensor, "n n"], counted: Bool[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    rows = (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return (rows * counted).sum() / counted.sum().clamp(min=1)
 
 
 def class_mmd_loss(
@@ -552,11 +555,12 @@ def class_mmd_loss(
     targets: Int[Tensor, " n"],
     scales: Float[Tensor, " s"],  # of the kernel, squared lengths
 ) -> Float[Tensor, ""]:  # 0 on average for the same distribution; can be slightly negative
-    "Unbiased class-conditional squared MMD of a batch; a class counts by its share of the batch."
+    "Unbiased class-conditional squared MMD of a batch, of classes that it holds twice or more."
     same = targets[:, None] == targets
     others = same & ~torch.eye(len(targets), dtype=torch.bool, device=targets.device)
-    within = _row_mean(kernel(fake, fake, scales), others) + _row_mean(kernel(real, real, scales), others)
-    return within - 2 * _row_mean(kernel(fake, real, scales), same)
+    twice = others.any(1)
+    within = sum(_row_mean(kernel(of, of, scales), others, twice) for of in (fake, real))
+    return within - 2 * _row_mean(kernel(fake, real, scales), same, twice)
 
 # %% ../nbs/06_discriminator.ipynb #cell-66
 class MMDAlignment(Alignment):

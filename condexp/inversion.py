@@ -11,8 +11,8 @@ __all__ = ['META_RULES', 'Pairs', 'FAST', 'CMI', 'DEEPINVERSION', 'DAFL', 'ZSKT'
            'residual_stages', 'instance_dim', 'Contrastive', 'Synthesizer', 'PixelSynthesizer', 'draw_weights',
            'PerBatchGenerator', 'restart_first_layer', 'add_gradients', 'move_towards', 'MetaGenerator',
            'PersistentGenerator', 'NoisyLayerGenerator', 'ReplayVAE', 'tuned_replay', 'ReplayGenerator', 'check_terms',
-           'Recipe', 'with_weights', 'inversion_recipe', 'frozen', 'TeacherPass', 'add_gradient', 'WeightedTerms',
-           'check_finite_terms', 'SynthesisLoop', 'Inverter']
+           'Recipe', 'with_weights', 'inversion_recipe', 'frozen', 'suited', 'TeacherPass', 'add_gradient',
+           'WeightedTerms', 'check_finite_terms', 'SynthesisLoop', 'Inverter']
 
 # %% ../nbs/05_inversion.ipynb #cell-02
 import copy
@@ -233,6 +233,7 @@ class Term:
     loss: Callable  # a function of a SynthesisBatch, or what makes a StatefulLoss for a teacher
     after_warmup: bool = False  # joins only when `synthesize` is told that warming up is over
     needs_batchnorm: bool = False  # does not apply to a teacher without such layers
+    needs_local: bool = False  # compares two views
 
     def make(self, teacher: Classifier) -> Callable[[SynthesisBatch], Tensor]:
         "The loss for this teacher, with a state of its own if it has one."
@@ -762,6 +763,7 @@ FAST = Recipe(
 )
 
 # %% ../nbs/05_inversion.ipynb #cell-76
+_TWO_VIEWS = dict(needs_batchnorm=True, needs_local=True)
 CMI = Recipe(
     name="cmi",
     synthesizer=partial(PerBatchGenerator, lr=1e-3, lr_z=1e-3),
@@ -769,7 +771,7 @@ CMI = Recipe(
         Term("bn", 1.0, bn_statistics, needs_batchnorm=True),
         Term("one_hot", 3.0, class_loss),
         Term("adversarial", 0.5, adversarial, after_warmup=True),
-        Term("contrastive", 0.8, partial(Contrastive, temperature=0.1), needs_batchnorm=True),
+        Term("contrastive", 0.8, partial(Contrastive, temperature=0.1), **_TWO_VIEWS),
     ),
     steps=200,
     local=Augment(shift=0, crop=0.25),
@@ -867,7 +869,7 @@ CMI_PUBLISHED = replace(
         Term("bn", 1.0, bn_statistics, needs_batchnorm=True),
         Term("one_hot", 1.0, class_loss),
         Term("adversarial", 0.5, adversarial, after_warmup=True),
-        Term("contrastive", 0.8, partial(Contrastive, temperature=0.1, dim=256), needs_batchnorm=True),
+        Term("contrastive", 0.8, partial(Contrastive, temperature=0.1, dim=256), **_TWO_VIEWS),
     ),
 )
 
@@ -910,6 +912,11 @@ def frozen(*models: nn.Module) -> Iterator[None]:
             p.requires_grad_(need)
 
 # %% ../nbs/05_inversion.ipynb #cell-93b
+def suited(view: Augment, teacher: Classifier) -> Augment:
+    "The view, without flips where the mirror image of a class may be another."
+    return replace(view, flip=view.flip and flippable(teacher.spec))
+
+# %% ../nbs/05_inversion.ipynb #suited-3
 class TeacherPass:
     "Shows augmented images to the teacher, and collects what terms read."
 
@@ -922,7 +929,7 @@ class TeacherPass:
         batchnorm: bool,  # whether a term needs the BN layers
     ):
         self.teacher, self.student, self.fabric = teacher, student, fabric
-        self.views = [replace(view, flip=view.flip and flippable(teacher.spec)) for view in views]
+        self.views = [suited(view, teacher) for view in views]
         self.hooks = BatchNormHooks(teacher) if batchnorm else None
         self.stages = residual_stages(teacher) if batchnorm and len(views) > 1 else []
 
@@ -1029,8 +1036,9 @@ class SynthesisLoop:
     def __init__(self, recipe: Recipe, teacher: Classifier, student: Classifier, fabric: Fabric, alignment):
         self.recipe, self.teacher, self.student, self.fabric = recipe, teacher, student, fabric
         self.terms = WeightedTerms(recipe, teacher, alignment)
-        batchnorm = any(t.needs_batchnorm for t in self.terms.terms)
-        self.teacher_pass = TeacherPass(teacher, student, fabric, recipe.views, batchnorm)
+        needs = lambda what: any(getattr(term, what) for term in self.terms.terms)
+        views = recipe.views if needs("needs_local") else recipe.views[:1]
+        self.teacher_pass = TeacherPass(teacher, student, fabric, views, needs("needs_batchnorm"))
         self.synthesizer = recipe.synthesizer(teacher, fabric, recipe.steps)
 
     def step(self, targets: Int[Tensor, " n"], after_warmup: bool) -> tuple[Tensor, dict[str, Tensor]]:

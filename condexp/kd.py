@@ -6,9 +6,9 @@
 __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'BATCHES', 'AT_LEAST', 'GROWTH', 'INVERSION', 'TWO_TERMS', 'ALIGNMENT',
            'kd_loss', 'as_bytes', 'SyntheticSet', 'Method', 'check_values', 'Distillation', 'batch_statistics',
            'check_batchnorm', 'shuffled', 'student_accuracy', 'estimate_statistics', 'student_loss', 'student_step',
-           'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages', 'make_synthesis', 'share',
-           'Distiller', 'measure_of', 'timed_epoch', 'pool_quality', 'MethodResult', 'run_method', 'student_path',
-           'save_method', 'load_method', 'distil']
+           'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages', 'check_alignment',
+           'make_synthesis', 'share', 'Distiller', 'measure_of', 'timed_epoch', 'pool_quality', 'MethodResult',
+           'run_method', 'student_path', 'save_method', 'load_method', 'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
 import math
@@ -34,7 +34,7 @@ from .cache import save_tensors
 from .data import ImageSet, Splits, pack, unpack
 from .discriminator import alignment_settings, class_frechet, class_mmd, class_variance, frechet_at
 from .discriminator import make_alignment, principal_directions
-from .inversion import Inverter, batchnorm_layers, inversion_recipe
+from .inversion import Inverter, batchnorm_layers, inversion_recipe, suited
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier
 from .models import save_classifier
 from .training import Schedule, Stream, accuracy, captured, check_devices, check_finite, fixed_subset
@@ -433,6 +433,13 @@ class RealImages:
         images.add(part.images, part.hard_labels)
         return {}
 
+# %% ../nbs/07_kd.ipynb #mmd-1
+def check_alignment(settings: Distillation, classes: int) -> None:
+    "Refuse alignment by MMD where no batch of images has a class twice."
+    if settings.alignment == "mmd" and (n := settings.synthesis_batch) <= classes:
+        reason = f"it compares images of one class, and a batch of {n} has none twice of {classes} classes"
+        invalid("alignment", settings.alignment, reason)
+
 # %% ../nbs/07_kd.ipynb #cell-0ef107
 def make_synthesis(
     settings: Distillation,
@@ -442,11 +449,12 @@ def make_synthesis(
     fabric: Fabric,
     seed: int,
 ) -> Synthesis:
-    "A synthesis, with feature alignment to `transfer` if there is one."
+    "A synthesis, with feature alignment to `transfer` if there is one, seen in the same view."
     if transfer is None:
         return Synthesis(settings, teacher, student, None, fabric, seed)
+    check_alignment(settings, len(teacher.spec.classes))
     chosen = alignment_settings(settings.alignment, settings.alignment_weight, settings.alignment_ratio)
-    augment = AUGMENTATIONS[settings.augmentation](teacher_set(teacher, fabric))
+    augment = suited(inversion_recipe(settings.inversion).augment, teacher)
     teacher = at_layer(teacher, settings.layer)
     alignment = make_alignment(chosen, teacher, transfer, augment, fabric, seed)
     return Synthesis(settings, teacher, student, alignment, fabric, seed)

@@ -48,10 +48,10 @@ def text(name: str, value) -> str:
     return str(value)
 
 # %% ../nbs/12_parameters.ipynb #cell-5dd004
-def at_least(minimum: int) -> Check:
-    "Checks for a whole number of at least `minimum`; 2.0 is one."
+def at_least(minimum: int, maximum: int | None = None) -> Check:
+    "Checks for a whole number of at least `minimum`, and at most `maximum`; 2.0 is one."
     as_int = lambda value: int(value) if type(value) is float and value.is_integer() else value
-    return lambda name, value: check_int(name, as_int(value), minimum)
+    return lambda name, value: check_int(name, as_int(value), minimum, maximum)
 
 # %% ../nbs/12_parameters.ipynb #cell-c61a4b
 def positive(name: str, value) -> float:
@@ -188,7 +188,8 @@ def boolean(name: str, value) -> bool:
 CHECKS: dict[str, Check] = {
     **dict.fromkeys(("dataset", "photo", "layer", "alignment", "inversion"), text),
     **dict.fromkeys(("shader_folder", "photographs"), text),
-    **dict.fromkeys(("size", "seed", "epochs", "steps", "batch_size", "iterations"), at_least(0)),
+    "seed": at_least(0, 2**32 - 3),  # numpy takes 32 bits, and some steps use the next two seeds
+    **dict.fromkeys(("size", "epochs", "steps", "batch_size", "iterations"), at_least(0)),
     **dict.fromkeys(("inversion_steps", "images", "targets", "beyond"), at_least(0)),
     **dict.fromkeys(("ipc", "programs", "attack_steps", "devices"), at_least(1)),
     **dict.fromkeys(("arms", "alignments"), names),
@@ -609,6 +610,9 @@ class RunDatafree(Parameters):
         super().check()
         if not self.output:
             invalid("output", "", "it must be a folder for the student")
+        for name in ("sources", "photographs"):
+            if self.few and (given := getattr(self, name)):
+                invalid(name, given, "with a few labelled images the rest is inverted by Fast; leave it out")
 
 # %% ../nbs/12_parameters.ipynb #import-5b
 @dataclass(frozen=True)

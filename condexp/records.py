@@ -359,6 +359,7 @@ def tsne_plane(
 ) -> dict[str, torch.Tensor]:  # name -> points, shape (n, 2)
     "One t-SNE of the teacher's penultimate features of all sets; loaded if it was made before."
     config = dict(teacher=fingerprint(teacher), sets=[s.fingerprint for s in sets.values()])
+    config |= dict(precision=precision_of(fabric))
 
     def compute(checkpoint) -> torch.Tensor:
         from sklearn.decomposition import PCA  # slow to import, and needed once
@@ -621,8 +622,6 @@ TABLE = dict(  # entry of a record: column, format
     steps=("student steps", "{:,.0f}"),
     frechet_10=("Fréchet distance to real, 10 per class", "{:.2f}"),
     frechet_1=("Fréchet distance to real, 1 per class", "{:.2f}"),
-    class_mmd=("MMD to real", "{:.3f}"),
-    class_variance=("within-class variance (% of real)", "{:.0f}"),
     intended_accuracy=("teacher accuracy on the intended label (%)", "{:.0f}"),
 )
 

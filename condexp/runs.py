@@ -178,6 +178,8 @@ def validation_splits(run: RunDistil | RunCondense | RunSurrogate, splits: Split
     "`splits`, or, to choose settings, with a tenth of the training images held out in the place of the test."
     if run.evaluate == "test":
         return splits
+    if min(splits.train.counts) < 2:
+        invalid("evaluate", run.evaluate, "a class has one training image, of which nothing can be held out")
     rest, held = validation_split(splits.train)
     note = (
         "Scored on a validation split: a tenth of the training images, "

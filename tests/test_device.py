@@ -117,6 +117,13 @@ def targets():
     return torch.arange(20, device=META) % 4
 
 
+def test_places_from_the_cpu_select_images_on_the_device(images):
+    "As where `run_kd` sorts the images of a pool by their labels."
+    pool = images.to(META)
+    order = images.labels.argsort(stable=True)
+    assert reads(pool.batch, order) == 0 and reads(pool.subset, order) == 0
+
+
 # ---- the rehearsal notices -------------------------------------------------------------------------------------
 
 WAITS = {
