@@ -185,7 +185,7 @@ if NAME == "cpu":
                 RUNS[f"labels-{labels}-{epochs}-seed{seed}"] = ("run_kd", given)
 
 
-# The trial: enough steps, a teacher and a condensed set of its own for each seed, an oracle beside the methods
+# The trial: enough steps, one of three teachers and a condensed set of its own for each seed, an oracle beside the methods
 
 HUNDRED = "runs/hundred.tar"  # every second class of `other`
 BENCHES = {
