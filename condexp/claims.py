@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'PAIRS', 'MAIN_RUNS', 'BN', 'COMPARED', 'MIXING', 'A1', 'ALIGNING', 'DISCRIMINATOR', 'FULL', 'FULL_100',
-           'CHOSEN', 'A2', 'harder', 'TOLD', 'A3', 'KINDS', 'PAPER_A', 'ORDER', 'ORIGINAL', 'PHOTOGRAPHS', 'SHADERS',
-           'LEAVES', 'NOISE', 'STEPS', 'B1', 'FEW', 'TAIL', 'HARD', 'EXTREME', 'NEITHER', 'ABLATION', 'B3', 'POOR',
-           'BALANCE', 'DIGITS', 'BEFORE', 'B6', 'TEACHERS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows',
-           'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'few_images', 'attack', 'attack_mnist', 'longer',
-           'middle_margin', 'counted', 'opening', 'claims_table', 'by_setting', 'short_table', 'plot_claims']
+           'CHOSEN', 'A2', 'TOLD', 'A3', 'KINDS', 'PAPER_A', 'ORDER', 'ORIGINAL', 'PHOTOGRAPHS', 'SHADERS', 'LEAVES',
+           'NOISE', 'STEPS', 'B1', 'FEW', 'TAIL', 'HARD', 'EXTREME', 'NEITHER', 'ABLATION', 'B3', 'POOR', 'BALANCE',
+           'DIGITS', 'BEFORE', 'B6', 'TEACHERS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies',
+           'Claim', 'judge', 'judged', 'of_arms', 'few_images', 'attack', 'attack_mnist', 'longer', 'middle_margin',
+           'counted', 'opening', 'claims_table', 'by_setting', 'short_table', 'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -134,8 +134,8 @@ A2 += [
     of_arms("A2", ALIGNING, f"{of}, chosen weight", files, arm, "mixed", 2.4, DISCRIMINATOR, FULL)
     for of, (arm, files) in CHOSEN.items()
 ]
-harder = f"{BN}, trial: 100 classes", "trial-hundred-bn0-*"
-A2 += [of_arms("A2", ALIGNING, *harder, "expanded", "mixed", 2.4, "paper_a_trial", FULL_100)]
+_HARDER = f"{BN}, trial: 100 classes", "trial-hundred-bn0-*"
+A2 += [of_arms("A2", ALIGNING, *_HARDER, "expanded", "mixed", 2.4, "paper_a_trial", FULL_100)]
 
 # %% ../nbs/17_claims.ipynb #a3-2
 TOLD = "a discriminator should know the class"
