@@ -144,6 +144,7 @@ for (inversion, ipc), kinds in MEASURED.items():
         add_alignment(f"alignment-{called(inversion)}-ipc{ipc}", kinds, seed, f"-p ipc {ipc}", inversion)
 BATCHES = {  # what a step learns from: chosen on the validation split, for `mixed` and `expanded` alike
     "proportional": "-p batches proportional",
+    "proportional_128": "-p batches proportional -p batch_size 128",  # as many images a step as two terms
     "two_terms-w0.3": "-p batches two_terms -p condensed_weight 0.3",
     "two_terms-w1": "-p batches two_terms -p condensed_weight 1",
 }
