@@ -153,6 +153,10 @@ for ipc in (10, 1, 50):
         for seed in range(3):
             more = f"-p evaluate validation -p arms mixed,expanded -p ipc {ipc} -p seed {seed} {given}"
             add("run_kd", f"batches-ipc{ipc}-{name}-seed{seed}", f"{networks(first)} {method('fast')} {more}")
+TWO_TERMS = BATCHES["two_terms-w0.3"]  # the best mean of both methods over three seeds
+for seed in range(5):  # and measured on the test split
+    more = f"-p condenser dm -p ipc 10 -p seed {seed} {TWO_TERMS} -p arms inversion,mixed,expanded,full"
+    add("run_kd", f"two_terms-seed{seed}", f"{networks(first)} {method('fast')} {more}")
 MARGINS = ("low", "middle", "high")
 SETS = dict(ipc1="-p ipc 1", ipc50="-p ipc 50", dsa="-p condenser dsa", mtt="-p condenser mtt", few="-p condenser random")
 WEAKER = [("wrn_16_1", 1), ("wrn_16_1", 2), ("wrn_16_1", 3), ("wrn_16_1", 0), ("wrn_10_1", 0)]  # epochs; 0: the usual

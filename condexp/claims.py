@@ -104,6 +104,7 @@ BN = "Fast without BatchNorm term"
 MAIN_RUNS |= {"kd-fast-vit-dm10-*": "Fast, ViT teacher", "kd-fast_bn0-wrn-dm10-*": BN}
 COMPARED = {files: (setting, "paper_a_main") for files, setting in MAIN_RUNS.items()}  # and the page
 COMPARED |= {
+    "two_terms-*": ("Fast, loss of two terms", "paper_a_ipc"),
     "first-run-*": ("Fast, MNIST", "paper_first_run"),
     "trial-cifar-ipc10-*": ("Fast, trial: CIFAR-10", "paper_a_trial"),
     "trial-hundred-ipc10-*": ("Fast, trial: 100 classes", "paper_a_trial"),
