@@ -192,6 +192,18 @@ def test_counts_are_not_negative_and_whole(notebook, name, value):
         refused(notebook, name, value)
 
 
+def test_a_seed_of_more_than_32_bits_is_refused():
+    with pytest.raises(ValueError, match="seed is 4294967296, but it must be a whole number from 0"):
+        begin("run_kd", seed=2**32)
+
+
+@pytest.mark.parametrize("name", ["sources", "photographs"])
+def test_what_is_not_read_beside_a_few_labelled_images_is_refused(name, tmp_path):
+    given = {"sources": "nayer", "photographs": str(tmp_path)}[name]
+    with pytest.raises(ValueError, match=f"{name} is .*, but with a few labelled images"):
+        begin("run_datafree", few=str(tmp_path), output=str(tmp_path), **{name: given})
+
+
 @pytest.mark.parametrize("value", [0, -4, "hot", float("nan")])
 def test_temperature_is_a_positive_number(value):
     refused("run_kd", "temperature", value)
