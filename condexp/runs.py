@@ -26,7 +26,8 @@ from .condensation import CONDENSERS, EVALUATION, check_condenser, condense, loa
 from .data import ImageSet, Splits, load_images, load_splits, random_per_class, validation_split
 from .discriminator import resolve_alignment
 from .inversion import INVERSIONS, PUBLISHED
-from .kd import METHODS, Distillation, MethodResult, check_batchnorm, measure_of, teacher_set
+from .kd import METHODS, Distillation, MethodResult, check_alignment, check_batchnorm, measure_of
+from .kd import teacher_set
 from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, load_classifier
 from .models import make_classifier
 from .models import save_classifier
@@ -408,7 +409,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
     shortened = small and recipe not in PUBLISHED
     epochs, batch, usual = run.epochs or (16 if small else 20), 64 if small else 100, 1 if small else 2
     asked = round(run.images / (epochs * batch))  # batches an epoch
-    return Distillation(
+    settings = Distillation(
         epochs=epochs,
         steps=run.steps or (25 if small else 50),
         batch_size=run.batch_size or (64 if small else 128),
@@ -432,6 +433,8 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         keep_warmup=run.keep_warmup,
         devices=getattr(run, "devices", 1),
     )
+    check_alignment(settings, train.num_classes)
+    return settings
 
 # %% ../nbs/13_runs.ipynb #cell-67
 def teacher_schedule(run: RunTeacher, train: ImageSet) -> Schedule:
