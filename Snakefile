@@ -249,6 +249,9 @@ for bench in BENCHES if "tar" in OTHER else ["cifar"]:
     more = f"-y 'term_weights: {{bn: 0}}' -p arms mixed,expanded {BENCHES[bench]['alignment']}"
     for seed in range(3):  # an inversion that is harder: without BatchNorm's statistics
         RUNS[f"{PREFIX}trial-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, more))
+        for kind in ("unconditional", "auxiliary") if bench == "hundred" else ():  # other discriminators, of the same weight
+            other = f"{more} -p arms expanded -p alignment {kind}"
+            RUNS[f"{PREFIX}trial-{kind}-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, other))
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
@@ -260,14 +263,21 @@ def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
     )
 
 
-MANY, FEWER = f"-p images {SCALE['images']}", f"-p images {SCALE['images'] * 2 // 5}"
-ROWS = {"hard": f"{MANY} -p labels hard", "longtail": f"{FEWER} -p sampling longtail", "few": FEWER}
-ROWS |= {"extreme": f"{MANY} -p augmentation extreme", "none": f"{MANY} -p augmentation none -p mixup False"}
+def ablation(images):
+    "The rows of Paper B's ablation, of so many images; those of few have two fifths."
+    many, few = f"-p images {images}", f"-p images {images * 2 // 5}"
+    rows = {"hard": f"{many} -p labels hard", "longtail": f"{few} -p sampling longtail", "few": few}
+    return rows | {"extreme": f"{many} -p augmentation extreme", "none": f"{many} -p augmentation none -p mixup False"}
+
+
+MANY = f"-p images {SCALE['images']}"
 POOL = f"runs/{PREFIX}kd-fast-{first}-dm10"  # where run_kd leaves what it made
 for seed in range(SCALE["seeds"]):
-    for name in ("original", "shaders", "leaves", "noise", "single_image"):  # the main table
-        add_transfer("run_surrogate", f"surrogate-{name}", name, seed, MANY)
-    add_transfer("run_surrogate", "surrogate-other-out", OTHER, seed, f"{MANY} -p part out")
+    for name in ("original", "shaders", "leaves", "noise", "single_image", "other-out"):  # the main table
+        surrogate, given = (OTHER, f"{MANY} -p part out") if name == "other-out" else (name, MANY)
+        add_transfer("run_surrogate", f"surrogate-{name}", surrogate, seed, given)
+        if NAME == "cpu":  # and after five times as many steps
+            add_transfer("run_surrogate", f"longer-{name}", surrogate, seed, f"{given} -p epochs 100")
     for margin in MARGINS:  # a third of them, by the teacher's margin
         add_transfer("run_surrogate", f"margin-other-out-{margin}", OTHER, seed, f"{MANY} -p part out -p margin {margin}")
     add_transfer("run_surrogate", "surrogate-other-in", OTHER, seed, "-p images 0 -p part in")  # these are fewer
@@ -280,12 +290,22 @@ for seed in range(SCALE["seeds"]):
     pool = f"{POOL}-seed{seed}/expanded.images.safetensors"
     add_transfer("run_boundary", "boundary-pool", pool, seed, "-p images 500 -p sampling none")
     for name in ("original", "shaders"):
-        for row, more in ROWS.items():  # the ablation
+        for row, more in ablation(SCALE["images"]).items():
             add_transfer("run_surrogate", f"ablation-{name}-{row}", name, seed, more)
         for teacher in SCALE["families"]:  # patience
             for epochs in SCALE["patience"]:
                 more = f"{MANY} -p epochs {epochs}"  # which wins over the transfer's own
                 add_transfer("run_surrogate", f"patience-{name}-{teacher}-{epochs}", name, seed, more, teacher)
+DIGIT_SETS = dict(original="original", photographs=DATA, shaders="shaders", leaves="leaves", noise="noise", single_image="single_image")
+DIGIT_SCALE = "-p epochs 40 -p budget 10"
+if NAME == "cpu":
+    for seed in range(5):  # the same for a teacher of digits: the order of the sets, and the ablation
+        for name, surrogate in DIGIT_SETS.items():
+            given = f"-p surrogate {surrogate} -p images 2000 {DIGIT_SCALE} -p seed {seed}"
+            RUNS[f"mnist-surrogate-{name}-seed{seed}"] = ("run_surrogate", given)
+        for row, more in ablation(2000).items():
+            given = f"-p surrogate shaders {more} {DIGIT_SCALE} -p seed {seed}"
+            RUNS[f"mnist-ablation-shaders-{row}-seed{seed}"] = ("run_surrogate", given)
 
 TABLES = ["first_run", "a_main", "a_trial", "a_ipc", "a_condensation", "a_discriminator", "a_few_shot", "a_cost"]
 TABLES += ["b_main", "b_entropy", "b_ablation", "b_attack", "b_patience", "b_cost"]
