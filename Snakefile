@@ -176,6 +176,7 @@ if NAME == "cpu":
             RUNS[f"mnist-{name}-seed{seed}"] = ("run_kd", f"{given} -p arms condensed,mixed,expanded,full -p seed {seed}")
         for name in ("shaders", "leaves", "noise"):  # sets that are poor for a teacher of digits
             RUNS[f"mnist-boundary-{name}-seed{seed}"] = ("run_boundary", f"-p surrogate {name} -p seed {seed}")
+            RUNS[f"mnist-attack-paper-{name}-seed{seed}"] = ("run_boundary", f"-p surrogate {name} -p attack paper -p seed {seed}")
         for name in ("shaders", "single_image"):  # which third of a set teaches best, by the teacher's margin
             for margin in MARGINS:
                 given = f"-p surrogate {name} -p images 3000 -p margin {margin} -p seed {seed}"
@@ -263,11 +264,13 @@ def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
     )
 
 
-def ablation(images):
+def ablation(name, images):
     "The rows of Paper B's ablation, of so many images; those of few have two fifths."
+    policy = "paper" if name == "original" else "paper_synthetic"  # as the code of its first author augments
     many, few = f"-p images {images}", f"-p images {images * 2 // 5}"
     rows = {"hard": f"{many} -p labels hard", "longtail": f"{few} -p sampling longtail", "few": few}
-    return rows | {"extreme": f"{many} -p augmentation extreme", "none": f"{many} -p augmentation none -p mixup False"}
+    rows |= {how: f"{many} -p augmentation {given}" for how, given in (("extreme", "extreme"), ("paper", policy))}
+    return rows | {"none": f"{many} -p augmentation none -p mixup False"}
 
 
 MANY = f"-p images {SCALE['images']}"
@@ -290,7 +293,7 @@ for seed in range(SCALE["seeds"]):
     pool = f"{POOL}-seed{seed}/expanded.images.safetensors"
     add_transfer("run_boundary", "boundary-pool", pool, seed, "-p images 500 -p sampling none")
     for name in ("original", "shaders"):
-        for row, more in ablation(SCALE["images"]).items():
+        for row, more in ablation(name, SCALE["images"]).items():
             add_transfer("run_surrogate", f"ablation-{name}-{row}", name, seed, more)
         for teacher in SCALE["families"]:  # patience
             for epochs in SCALE["patience"]:
@@ -303,7 +306,7 @@ if NAME == "cpu":
         for name, surrogate in DIGIT_SETS.items():
             given = f"-p surrogate {surrogate} -p images 2000 {DIGIT_SCALE} -p seed {seed}"
             RUNS[f"mnist-surrogate-{name}-seed{seed}"] = ("run_surrogate", given)
-        for row, more in ablation(2000).items():
+        for row, more in ablation("shaders", 2000).items():
             given = f"-p surrogate shaders {more} {DIGIT_SCALE} -p seed {seed}"
             RUNS[f"mnist-ablation-shaders-{row}-seed{seed}"] = ("run_surrogate", given)
 
