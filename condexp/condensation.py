@@ -9,17 +9,17 @@ __all__ = ['CONDENSERS', 'CHECKPOINT_INTERVAL', 'EVALUATION', 'EVALUATION_NETWOR
            'LearnedImages', 'first_images', 'optimise', 'resume_condensation', 'DM', 'DistributionMatching',
            'gradient_distance', 'gradients', 'sgd_step', 'DSA', 'GradientMatching', 'Whitening', 'MTT',
            'whitened_network', 'train_expert', 'train_experts', 'expert_trajectories', 'TrajectoryMatching',
-           'train_from_scratch', 'check_condenser', 'default_iterations', 'make_condensed', 'condense', 'provenance',
-           'find_pair', 'describe_content', 'read_published', 'nearest_statistics', 'published_statistics',
-           'share_in_unit_range', 'detect_normalisation', 'denormalise', 'numbered_classes', 'label_agreement',
-           'check_class_order', 'published_labels', 'published_set', 'load_condensed', 'soft_labels']
+           'train_from_scratch', 'scored', 'score_again', 'check_condenser', 'default_iterations', 'make_condensed',
+           'condense', 'provenance', 'find_pair', 'describe_content', 'read_published', 'nearest_statistics',
+           'published_statistics', 'share_in_unit_range', 'detect_normalisation', 'denormalise', 'numbered_classes',
+           'label_agreement', 'check_class_order', 'published_labels', 'published_set', 'load_condensed', 'soft_labels']
 
 # %% ../nbs/04_condensation.ipynb #cell-02
 import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -606,6 +606,30 @@ def train_from_scratch(
     schedule = replace(schedule, batch_size=min(schedule.batch_size, len(condensed)))
     train = partial(train_classifier, network, splits, schedule, fabric=fabric, augment=siamese(condensed))
     return [train(seed=seed)[1]["accuracy"] for seed in seeds]
+
+# %% ../nbs/04_condensation.ipynb #score-2
+def scored(
+    condensed: ImageSet,
+    test: ImageSet,
+    seeds: Sequence[int],
+    schedule: Schedule = EVALUATION,
+    fabric: Fabric | None = None,
+) -> ImageSet:
+    "The set with its score and the protocol in its provenance: `evaluation`, and `score` with `accuracy` in percent."
+    accuracy = train_from_scratch(condensed, test, seeds, schedule=schedule, fabric=fabric)
+    protocol = {"network": EVALUATION_NETWORK, "augmentation": "siamese", **asdict(schedule)}
+    score = {"accuracy": accuracy, "seeds": list(seeds), "test": test.fingerprint}
+    return replace(condensed, provenance=condensed.provenance | {"evaluation": protocol, "score": score})
+
+# %% ../nbs/04_condensation.ipynb #score-3
+def score_again(condensed: ImageSet, test: ImageSet, fabric: Fabric | None = None) -> list[float]:
+    "What a set that `scored` returned scores now, by its own protocol: percent, one for each of its seeds."
+    notes = condensed.provenance
+    if "score" not in notes:
+        invalid("verify", notes.get("method", "a set"), "a set with a score, which run_condense saves")
+    protocol = {field.name: notes["evaluation"][field.name] for field in fields(Schedule)}
+    seeds, network = notes["score"]["seeds"], notes["evaluation"]["network"]
+    return train_from_scratch(condensed, test, seeds, network, Schedule(**protocol), fabric)
 
 # %% ../nbs/04_condensation.ipynb #cell-71
 def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Condenser:

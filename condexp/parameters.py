@@ -163,7 +163,7 @@ def transfer_name(name: str, value) -> str:
 # %% ../nbs/12_parameters.ipynb #cell-16
 EVALUATE = ("test", "validation")  # which images the accuracies are of
 PATHS = ("dataset", "teacher", "condenser", "surrogate", "related", "shader_folder", "photo", "photographs")
-PATHS += ("output", "record", "weights", "few")
+PATHS += ("output", "record", "weights", "few", "verify")
 
 # %% ../nbs/12_parameters.ipynb #cell-93f35f
 def evaluate(name: str, value) -> str:
@@ -187,7 +187,7 @@ def boolean(name: str, value) -> bool:
 # %% ../nbs/12_parameters.ipynb #cell-17
 CHECKS: dict[str, Check] = {
     **dict.fromkeys(("dataset", "photo", "layer", "alignment", "inversion"), text),
-    **dict.fromkeys(("shader_folder", "photographs"), text),
+    **dict.fromkeys(("shader_folder", "photographs", "verify"), text),
     "seed": at_least(0, 2**32 - 3),  # numpy takes 32 bits, and some steps use the next two seeds
     **dict.fromkeys(("size", "epochs", "steps", "batch_size", "iterations"), at_least(0)),
     **dict.fromkeys(("inversion_steps", "images", "targets", "beyond"), at_least(0)),
@@ -311,6 +311,7 @@ class RunCondense(RunTraining):
     temperature: float
     evaluate: str
     output: str
+    verify: str
 
 # %% ../nbs/12_parameters.ipynb #cell-83f86f
 def known_inversion(run) -> None:

@@ -120,6 +120,11 @@ def test_a_folder_of_photographs_gets_a_teacher_a_condensed_set_and_a_student(fo
     assert out.returncode == 0 and load_classifier(weights)[0].spec.classes == ("china", "flower"), out.stdout
     out = papermill("run_condense", **common, condenser="herding", ipc=2, output=few, labels="soft", teacher=weights)
     assert out.returncode == 0 and ImageSet.load(few).labels.shape == (4, 2), out.stdout
+    again = tmp_path / "again.json"
+    out = papermill("run_condense", dataset=photos, size=16, verify=few, record=again)  # by the file's own schedule
+    assert out.returncode == 0, out.stdout
+    scores = json.loads(again.read_text())["scores"]
+    assert scores["herding"] == scores["said"] and len(scores["said"]) == 3
     out = papermill(
         "run_kd",
         **common,
