@@ -481,7 +481,9 @@ class RunBoundary(RunSurrogate):
 class RunFeatures(Run):
     "Parameters of `paper_b_features`."
 
+    own = {"teachers": at_least(1)}
     teacher: str
+    teachers: int
     photographs: str
     images: int
     programs: int

@@ -77,7 +77,7 @@ TABLES = [p for p in NOTEBOOKS if p.stem.startswith("paper_") and (ROOT / "repor
 TABLES = [p for p in TABLES if p.stem != "paper_a_images"]  # which needs the images, not only the records
 
 
-FEWER = {"paper_b_features": "images, programs, size = 100, 4, 8"}  # which computes what it draws
+FEWER = {"paper_b_features": "images, programs, size, teachers, dataset = 100, 4, 8, 2, 'digits'"}  # which computes what it draws
 
 
 def draw(path, log):
