@@ -626,7 +626,7 @@ def score_again(condensed: ImageSet, test: ImageSet, fabric: Fabric | None = Non
     "What a set that `scored` returned scores now, by its own protocol: percent, one for each of its seeds."
     notes = condensed.provenance
     if "score" not in notes:
-        invalid("verify", notes.get("method", "a set"), "a set with a score, which run_condense saves")
+        invalid("verify", notes.get("method", "a set"), "it must be a set with a score, which run_condense saves")
     protocol = {field.name: notes["evaluation"][field.name] for field in fields(Schedule)}
     seeds, network = notes["score"]["seeds"], notes["evaluation"]["network"]
     return train_from_scratch(condensed, test, seeds, network, Schedule(**protocol), fabric)
