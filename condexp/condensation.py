@@ -615,7 +615,7 @@ def scored(
     schedule: Schedule = EVALUATION,
     fabric: Fabric | None = None,
 ) -> ImageSet:
-    "The set with its score and the protocol in its provenance: `evaluation`, and `score` with `accuracy` in percent."
+    "The set with how it is judged (`evaluation`) and its `score` (accuracies in percent) in its provenance."
     accuracy = train_from_scratch(condensed, test, seeds, schedule=schedule, fabric=fabric)
     protocol = {"network": EVALUATION_NETWORK, "augmentation": "siamese", **asdict(schedule)}
     score = {"accuracy": accuracy, "seeds": list(seeds), "test": test.fingerprint}
@@ -626,7 +626,8 @@ def score_again(condensed: ImageSet, test: ImageSet, fabric: Fabric | None = Non
     "What a set that `scored` returned scores now, by its own protocol: percent, one for each of its seeds."
     notes = condensed.provenance
     if "score" not in notes:
-        invalid("verify", notes.get("method", "a set"), "it must be a set with a score, which run_condense saves")
+        what = "it must be a set with a score, which run_condense saves"
+        invalid("verify", notes.get("method", "a set"), what)
     protocol = {field.name: notes["evaluation"][field.name] for field in fields(Schedule)}
     seeds, network = notes["score"]["seeds"], notes["evaluation"]["network"]
     return train_from_scratch(condensed, test, seeds, network, Schedule(**protocol), fabric)
