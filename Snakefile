@@ -161,8 +161,7 @@ PUBLISHED = f"-p inversion fast_published -p keep_warmup True -p temperature 20 
 for seed in range(5):  # all that is published of Paper A's protocol, at once
     more = f"-p condenser dm -p ipc 10 -p seed {seed} -p arms inversion,mixed,expanded,full"
     add("run_kd", f"published-seed{seed}", f"{networks(first)} {PUBLISHED} {more}")
-for seed in range(SCALE["seeds"]):  # the evaluation network on the whole training set, which a condensed one is to stand for
-    add("run_condense", f"whole-seed{seed}", f"-p condenser random -p ipc 5000 -p seed {seed}")
+add("run_condense", "whole-seed0", "-p condenser random -p ipc 5000 -p seed 0")  # the whole training set, judged as a condensed one
 MARGINS = ("low", "middle", "high")
 SETS = dict(ipc1="-p ipc 1", ipc50="-p ipc 50", dsa="-p condenser dsa", mtt="-p condenser mtt", few="-p condenser random")
 WEAKER = [("wrn_16_1", 1), ("wrn_16_1", 2), ("wrn_16_1", 3), ("wrn_16_1", 0), ("wrn_10_1", 0)]  # epochs; 0: the usual
