@@ -7,8 +7,8 @@ __all__ = ['NAMED', 'PAIRS', 'MAIN_RUNS', 'BN', 'COMPARED', 'MIXING', 'A1', 'TWO
            'ORACLES', 'CHOSEN', 'A2', 'HARDER', 'WHOLE', 'A12', 'TOLD', 'A3', 'KINDS', 'MTT', 'BEST', 'PAPER_A', 'NEXT',
            'B1', 'ABLATION', 'B3', 'POOR', 'BALANCE', 'DIGITS', 'BEFORE', 'B6', 'TEACHERS', 'PAPER_B', 'CLAIMS', 'LOOK',
            'Runs', 'read_rows', 'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'without_ceiling', 'few_images',
-           'order_of_sets', 'ablation', 'attack', 'attack_mnist', 'longer', 'middle_margin', 'counted', 'opening',
-           'claims_table', 'by_setting', 'short_table', 'plot_claims']
+           'order_of_sets', 'ablation', 'attack', 'attack_mnist', 'longer', 'middle_margin', 'counted', 'by_setting',
+           'opening', 'claims_table', 'short_table', 'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -324,6 +324,18 @@ def counted(verdicts: pd.Series) -> str:
     counts = verdicts.value_counts()
     return "; ".join(f"{name} {n}" if len(verdicts) > 1 else name for name, n in counts.items())
 
+# %% ../nbs/17_claims.ipynb #short-2
+def by_setting(part: pd.DataFrame, most: int = 5) -> str:
+    "The differences of a claim's settings, or where they lie if there are more than `most`."
+    number = lambda r: f"**{points(r.difference)}**" if r.stands else points(r.difference)
+    if len(part) <= most:
+        return "; ".join(f"{r.setting} {number(r)}" for r in part.itertuples())
+    significant = part[part.stands]
+    bounds = [number(r) for r in part.sort_values("difference").iloc[[0, -1]].itertuples()]
+    above = f"{(significant.low > 0).sum()} significantly above zero"
+    below = f", {n} below" if (n := (significant.high < 0).sum()) else ""
+    return f"{' to '.join(bounds)} in {len(part)} settings, {above}{below}"
+
 # %% ../nbs/17_claims.ipynb #cell-19
 def _paper(r) -> str:
     return f", the paper {r.paper:+g}" if r.paper == r.paper else ""
@@ -339,9 +351,11 @@ def opening(table: pd.DataFrame, page: str) -> str:
     lines = []
     for (name, words), part in table.groupby(["claim", "words"], sort=False) if len(table) else ():
         here, others = part[part.page == page], part[part.page != page]
-        same = here.paper.nunique() == 1 and here.paper.notna().all()
-        said = "; ".join(f"{r.setting} {_ours(r)}{'' if same else _paper(r)}" for r in here.itertuples())
-        told = f" The paper: {here.paper.iloc[0]:+g}." if same else ""
+        few, papers = len(here) <= 5, sorted(here.paper.unique())
+        together = here.paper.notna().all() and (not few or len(papers) == 1)
+        each = (f"{r.setting} {_ours(r)}{'' if together else _paper(r)}" for r in here.itertuples())
+        said = "; ".join(each) if few else by_setting(here)
+        told = f" The paper: {' to '.join(f'{value:+g}' for value in papers)}." * together
         if len(here) and len(others):
             ends = map(points, (others.difference.min(), others.difference.max()))
             told += f" [Elsewhere](paper_claims.ipynb): {' to '.join(dict.fromkeys(ends))}."
@@ -353,30 +367,19 @@ def opening(table: pd.DataFrame, page: str) -> str:
 
 # %% ../nbs/17_claims.ipynb #cell-22
 def claims_table(table: pd.DataFrame) -> str:
-    "Claims as a table in Markdown, a row for each setting."
-    head = ["| | claim: setting | paper | ours | room (share gained) | verdict | page |", "|" + " --- |" * 7]
-    return "\n".join([*head, *map(_row, table.itertuples())])
+    "Claims as a table in Markdown: a line for each, and under it a row for each setting."
+    lines = ["| | setting | paper | ours | n | room (share gained) | verdict |", "|" + " --- |" * 7]
+    for (name, words), part in table.groupby(["claim", "words"], sort=False):
+        lines += [f"| **{name}** | **{words}** | | | | | |", *map(_row, part.itertuples())]
+    return "\n".join(lines)
 
 
 def _row(r) -> str:
     paper = f"{r.paper:+g}" if r.paper == r.paper else "–"
     share = f" ({100 * r.difference / r.room:.0f} %)".replace("-", "−") if 1 <= r.room < math.inf else ""
     room = "–" if r.room == math.inf else f"{r.room:.1f}{share}"
-    page = f"[{r.page}]({r.page}.ipynb)"
-    told = f"{_ours(r)}, n = {r.seeds} | {room} | {r.verdict} | {page} |"
-    return f"| {r.claim} | {r.words}: {r.setting} | {paper} | {told}"
-
-# %% ../nbs/17_claims.ipynb #short-2
-def by_setting(part: pd.DataFrame, most: int = 5) -> str:
-    "The differences of a claim's settings, or where they lie if there are more than `most`."
-    number = lambda r: f"**{points(r.difference)}**" if r.stands else points(r.difference)
-    if len(part) <= most:
-        return "; ".join(f"{r.setting} {number(r)}" for r in part.itertuples())
-    significant = part[part.stands]
-    bounds = [number(r) for r in part.sort_values("difference").iloc[[0, -1]].itertuples()]
-    above = f"{(significant.low > 0).sum()} significantly above zero"
-    below = f", {n} below" if (n := (significant.high < 0).sum()) else ""
-    return f"{' to '.join(bounds)} in {len(part)} settings, {above}{below}"
+    setting = f"[{r.setting}]({r.page}.ipynb)"
+    return f"| | {setting} | {paper} | {_ours(r)} | {r.seeds} | {room} | {r.verdict} |"
 
 # %% ../nbs/17_claims.ipynb #short-4
 def short_table(table: pd.DataFrame) -> str:
