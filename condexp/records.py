@@ -235,11 +235,11 @@ def verdict(
     if low > 0:
         return "reproduced" if test["difference"] >= paper / 2 else "direction only"
     needed = (high - low) / 2 if paper is None else paper
-    if math.isinf(room):  # a difference without a ceiling
-        return "not seen"
     if room < needed:
         return "not seen, little room"
-    return "undecided" if paper is not None and paper <= high else "not seen, with room"
+    if paper is not None and paper <= high:
+        return "undecided"
+    return "not seen" if math.isinf(room) else "not seen, with room"  # a difference may have no ceiling
 
 # %% ../nbs/11_records.ipynb #cell-21
 def best_baseline(
