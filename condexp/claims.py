@@ -355,7 +355,7 @@ def opening(table: pd.DataFrame, page: str) -> str:
         together = here.paper.notna().all() and (not few or len(papers) == 1)
         each = (f"{r.setting} {_ours(r)}{'' if together else _paper(r)}" for r in here.itertuples())
         said = "; ".join(each) if few else by_setting(here)
-        told = f" The paper: {' to '.join(f'{value:+g}' for value in papers)}." * together
+        told = f" The paper: {' to '.join(f'{value:+g}' for value in papers)}." if together else ""
         if len(here) and len(others):
             ends = map(points, (others.difference.min(), others.difference.max()))
             told += f" [Elsewhere](paper_claims.ipynb): {' to '.join(dict.fromkeys(ends))}."
