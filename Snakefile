@@ -186,6 +186,8 @@ if NAME == "cpu":
             for margin in MARGINS:
                 given = f"-p surrogate {name} -p images 3000 -p margin {margin} -p seed {seed}"
                 RUNS[f"mnist-margin-{name}-{margin}-seed{seed}"] = ("run_surrogate", given)
+        for condenser in ("random", "herding", "dm", "dsa", "mtt"):  # what each gives away
+            RUNS[f"mnist-condense-{condenser}-seed{seed}"] = ("run_condense", f"-p condenser {condenser} -p ipc 10 -p seed {seed}")
         for model, epochs in WEAKER:  # does a weaker teacher do better where there are few images?
             given = f"-p teacher runs/mnist-{model}-{epochs}-{seed % 3}.safetensors -p arms random,condensed,full -p seed {seed}"
             for ipc in (1, 10):

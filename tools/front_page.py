@@ -13,7 +13,6 @@ INDEX, README = ROOT / "nbs/index.ipynb", ROOT / "README.md"
 TABLES = {  # the id of a cell: the page whose output it is, and how that begins
     "expected": ("paper_first_run", "| students of five seeds"),
     "guide": ("paper_datafree", "| you have"),
-    "others": ("paper_datafree", "| teacher |"),
     "claims": ("paper_claims", "| | claim | paper | ours, by setting"),
 }
 
