@@ -158,9 +158,12 @@ for seed in range(5):  # and measured on the test split
     more = f"-p condenser dm -p ipc 10 -p seed {seed} {TWO_TERMS} -p arms inversion,mixed,expanded,full"
     add("run_kd", f"two_terms-seed{seed}", f"{networks(first)} {method('fast')} {more}")
 PUBLISHED = f"-p inversion fast_published -p keep_warmup True -p temperature 20 -p direction reverse {TWO_TERMS}"
-for seed in range(5):  # all that is published of Paper A's protocol, at once
+for seed in range(5):  # what is known of Paper A's loss, with Fast as published
     more = f"-p condenser dm -p ipc 10 -p seed {seed} -p arms inversion,mixed,expanded,full"
     add("run_kd", f"published-seed{seed}", f"{networks(first)} {PUBLISHED} {more}")
+    more = f"-p batch_size 128 -p ipc 10 -p seed {seed} -p arms inversion"  # as many images a step as two terms
+    add("run_kd", f"inversion128-published-seed{seed}", f"{networks(first)} {PUBLISHED} {more}")
+    add("run_kd", f"inversion128-two_terms-seed{seed}", f"{networks(first)} {method('fast')} {TWO_TERMS} {more}")
 add("run_condense", "whole-seed0", "-p condenser random -p ipc 5000 -p seed 0")  # the whole training set, judged as a condensed one
 MARGINS = ("low", "middle", "high")
 SETS = dict(ipc1="-p ipc 1", ipc50="-p ipc 50", dsa="-p condenser dsa", mtt="-p condenser mtt", few="-p condenser random")
