@@ -1,7 +1,7 @@
 """Every record, table and figure, made by one command at the top of the repository.
 
     snakemake --profile profiles/smoke     every notebook once, at a tiny scale: minutes, no download
-    snakemake --profile profiles/cpu       the committed results: 16 pixels, narrow networks, a day of two cores
+    snakemake --profile profiles/cpu       the committed results: 16 pixels, narrow networks, more than a day of two cores
     snakemake --profile profiles/gpu       the papers' networks at 32 pixels
     snakemake --profile profiles/slurm     the same, each run a job of its own
 
