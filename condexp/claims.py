@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['NAMED', 'PAIRS', 'MAIN_RUNS', 'BN', 'COMPARED', 'TRIALS', 'MIXING', 'A1', 'TWO_TERMS', 'ALIGNING', 'DISCRIMINATOR',
            'FULL', 'ORACLES', 'CHOSEN', 'TRIAL_ROOM', 'A2', 'HARDER', 'WHOLE', 'GAINS', 'A12', 'TOLD', 'A3', 'KINDS',
-           'MTT', 'BEST', 'PAPER_A', 'NEXT', 'B1', 'ABLATION', 'B3', 'POOR', 'BALANCE', 'DIGITS', 'BEFORE', 'B6',
-           'TEACHERS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'pairs', 'judge',
-           'judged', 'of_arms', 'of_two_terms', 'aligning', 'few_images', 'order_of_sets', 'ablation', 'attack',
-           'attack_mnist', 'longer', 'middle_margin', 'counted', 'by_setting', 'opening', 'claims_table', 'short_table',
-           'plot_claims']
+           'MTT', 'BEST', 'FEW_IMAGES', 'PAPER_A', 'NEXT', 'B1', 'ABLATION', 'B3', 'POOR', 'BALANCE', 'DIGITS',
+           'BEFORE', 'B6', 'TEACHERS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'pairs',
+           'judge', 'judged', 'of_arms', 'of_two_terms', 'aligning', 'few_images', 'order_of_sets', 'ablation',
+           'attack', 'attack_mnist', 'longer', 'middle_margin', 'counted', 'by_setting', 'opening', 'claims_table',
+           'short_table', 'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -232,7 +232,8 @@ BEST = [
     Claim("A6", MTT, "Fast", _WITH_MTT, _WITH_DM, None, "paper_a_condensation", FULL),
     Claim("A6", MTT, "Fast, MNIST", _MTT_DIGITS, _DM_DIGITS, None, "paper_first_run", _FULL_DIGITS),
 ]
-PAPER_A = [*A1, *A2, *A12, *A3, *(claim for kind in KINDS for claim in few_images(kind)), *BEST]
+FEW_IMAGES = [claim for kind in KINDS for claim in few_images(kind)]
+PAPER_A = [*A1, *A2, *A12, *A3, *FEW_IMAGES[:-2], *BEST, *FEW_IMAGES[-2:]]  # A7 at the end
 
 # %% ../nbs/17_claims.ipynb #b1-next
 NEXT = {  # a set and the next one, from the best of the paper to the poorest; the paper's difference
