@@ -9,10 +9,11 @@ __all__ = ['CONDENSERS', 'CHECKPOINT_INTERVAL', 'EVALUATION', 'EVALUATION_NETWOR
            'LearnedImages', 'first_images', 'optimise', 'resume_condensation', 'DM', 'DistributionMatching',
            'gradient_distance', 'gradients', 'sgd_step', 'DSA', 'GradientMatching', 'Whitening', 'MTT',
            'whitened_network', 'train_expert', 'train_experts', 'expert_trajectories', 'TrajectoryMatching',
-           'train_from_scratch', 'scored', 'score_again', 'check_condenser', 'default_iterations', 'make_condensed',
-           'condense', 'provenance', 'find_pair', 'describe_content', 'read_published', 'nearest_statistics',
-           'published_statistics', 'share_in_unit_range', 'detect_normalisation', 'denormalise', 'numbered_classes',
-           'label_agreement', 'check_class_order', 'published_labels', 'published_set', 'load_condensed', 'soft_labels']
+           'train_from_scratch', 'protocol', 'with_score', 'score_again', 'check_condenser', 'default_iterations',
+           'make_condensed', 'condense', 'provenance', 'find_pair', 'describe_content', 'read_published',
+           'nearest_statistics', 'published_statistics', 'share_in_unit_range', 'detect_normalisation', 'denormalise',
+           'numbered_classes', 'label_agreement', 'check_class_order', 'published_labels', 'published_set',
+           'load_condensed', 'soft_labels']
 
 # %% ../nbs/04_condensation.ipynb #cell-02
 import re
@@ -608,7 +609,12 @@ def train_from_scratch(
     return [train(seed=seed)[1]["accuracy"] for seed in seeds]
 
 # %% ../nbs/04_condensation.ipynb #score-2
-def scored(
+def protocol(schedule: Schedule) -> dict:
+    "How a condensed set is judged, as its provenance says it."
+    return {"network": EVALUATION_NETWORK, "augmentation": "siamese", **asdict(schedule)}
+
+
+def with_score(
     condensed: ImageSet,
     test: ImageSet,
     seeds: Sequence[int],
@@ -617,20 +623,20 @@ def scored(
 ) -> ImageSet:
     "The set with how it is judged (`evaluation`) and its `score` (accuracies in percent) in its provenance."
     accuracy = train_from_scratch(condensed, test, seeds, schedule=schedule, fabric=fabric)
-    protocol = {"network": EVALUATION_NETWORK, "augmentation": "siamese", **asdict(schedule)}
     score = {"accuracy": accuracy, "seeds": list(seeds), "test": test.fingerprint}
-    return replace(condensed, provenance=condensed.provenance | {"evaluation": protocol, "score": score})
+    notes = condensed.provenance | {"evaluation": protocol(schedule), "score": score}
+    return replace(condensed, provenance=notes)
 
 # %% ../nbs/04_condensation.ipynb #score-3
 def score_again(condensed: ImageSet, test: ImageSet, fabric: Fabric | None = None) -> list[float]:
-    "What a set that `scored` returned scores now, by its own protocol: percent, one for each of its seeds."
+    "What a set with a score scores now, by its own protocol: percent, one for each of its seeds."
     notes = condensed.provenance
     if "score" not in notes:
         what = "it must be a set with a score, which run_condense saves"
         invalid("verify", notes.get("method", "a set"), what)
-    protocol = {field.name: notes["evaluation"][field.name] for field in fields(Schedule)}
+    schedule = Schedule(**{field.name: notes["evaluation"][field.name] for field in fields(Schedule)})
     seeds, network = notes["score"]["seeds"], notes["evaluation"]["network"]
-    return train_from_scratch(condensed, test, seeds, network, Schedule(**protocol), fabric)
+    return train_from_scratch(condensed, test, seeds, network, schedule, fabric)
 
 # %% ../nbs/04_condensation.ipynb #cell-71
 def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Condenser:
@@ -696,9 +702,8 @@ def condense(
 # %% ../nbs/04_condensation.ipynb #cell-74
 def provenance(name: str, settings: dict, seed: int, train: ImageSet) -> dict:
     "Where a condensed set comes from, and how it is to be judged."
-    evaluation = {"network": EVALUATION_NETWORK, "augmentation": "siamese", **asdict(EVALUATION)}
     source = {"fingerprint": train.fingerprint, "images": len(train), **train.provenance}
-    return {"method": name, "config": settings, "seed": seed, "evaluation": evaluation, "source": source}
+    return {"method": name, "config": settings, "seed": seed, "evaluation": protocol(EVALUATION), "source": source}
 
 # %% ../nbs/04_condensation.ipynb #read-pair
 def find_pair(content: Any) -> tuple[Tensor, Tensor] | None:
