@@ -232,12 +232,16 @@ ARMS = "inversion,mixed,expanded,oracle,full"
 RATIOS = (0.1, 0.3, 1)  # of the alignment's gradient at the images to the inversion's
 
 
+def teacher_of(bench, seed):
+    "One of three."
+    return f"runs/{PREFIX}{bench}-teacher{seed % 3}.safetensors"
+
+
 def bench_run(bench, ipc, seed, more):
     "The parameters of a run of the trial; one of three teachers for each seed."
     b = BENCHES[bench]
-    file = f"runs/{PREFIX}{bench}-teacher{seed % 3}.safetensors"
     return (
-        f"-p dataset {b['data']} -p size {b['size']} {b['scale']} -p teacher {file} -p student {b['student']}"
+        f"-p dataset {b['data']} -p size {b['size']} {b['scale']} -p teacher {teacher_of(bench, seed)} -p student {b['student']}"
         f" -p ipc {ipc} -p seed {seed} {more}"
     )
 
@@ -266,7 +270,10 @@ for bench in BENCHES if "tar" in OTHER else ["cifar"]:
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
-    teacher, student = teacher or SCALE["pairs"][first].split()[0], SCALE["pairs"][first].split()[1]
+    usual, student = SCALE["pairs"][first].split()
+    if usual == BENCHES["cifar"]["teacher"]:
+        usual = teacher_of("cifar", seed)  # the trial's
+    teacher = teacher or usual
     given = f"-p surrogate {surrogate} -p programs {SCALE['programs']} -p budget 10 -p seed {seed}"
     RUNS[f"{PREFIX}{name}-seed{seed}"] = (
         notebook,
@@ -301,7 +308,8 @@ for seed in range(SCALE["seeds"]):
     add_transfer("run_boundary", "boundary-noise", "noise", seed, "-p images 500")
     add_transfer("run_surrogate", "control-noise", "noise", seed, "-p images 18000 -p sampling none")  # as many as the attack can make
     pool = f"{POOL}-seed{seed}/expanded.images.safetensors"
-    add_transfer("run_boundary", "boundary-pool", pool, seed, "-p images 500 -p sampling none")
+    pair = SCALE["pairs"][first].split()  # whose teacher the pool was inverted from
+    add_transfer("run_boundary", "boundary-pool", pool, seed, "-p images 500 -p sampling none", pair[0])
     for name in ("original", "shaders"):
         for row, more in ablation(name, SCALE["images"]).items():
             add_transfer("run_surrogate", f"ablation-{name}-{row}", name, seed, more)
