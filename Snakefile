@@ -195,7 +195,7 @@ if NAME == "cpu":
             given = f"-p teacher runs/mnist-{model}-{epochs}-{seed % 3}.safetensors -p arms random,condensed,full -p seed {seed}"
             for ipc in (1, 10):
                 RUNS[f"weaker-{model}-{epochs}-ipc{ipc}-seed{seed}"] = ("run_kd", f"{given} -p ipc {ipc}")
-        for labels in ("soft", "hard"):  # do the methods differ as much with hard labels, and with four times the steps and inverted images?
+        for labels in ("soft", "fixed", "hard"):  # do the methods differ as much with hard labels, and with four times the steps and inverted images?
             for epochs in (16, 64):
                 given = f"-p labels {labels} -p epochs {epochs} -p ipc 10 -p seed {seed}"
                 RUNS[f"labels-{labels}-{epochs}-seed{seed}"] = ("run_kd", given)

@@ -140,7 +140,7 @@ COMPARED = {
 METHODS = COMPARED | {"transfer set": Method("transfer set", "", False)}  # any images, as in Paper B
 
 # %% ../nbs/07_kd.ipynb #cell-14
-LABELS = ("soft", "hard")
+LABELS = ("soft", "fixed", "hard")
 BATCHES = ("proportional", "two_terms")
 AT_LEAST = dict(  # the smallest value of each whole number
     epochs=1, steps=1, batch_size=2, devices=1,
@@ -165,6 +165,8 @@ def check_values(settings: dict) -> None:
     devices = settings["devices"]
     if settings["batch_size"] % devices:
         invalid("batch_size", settings["batch_size"], f"it must be a multiple of devices, {devices}")
+    if settings["labels"] == "fixed" and settings["mixup"]:
+        invalid("mixup", True, "labels is fixed, and a blend would need an answer of its own")
     if settings["batch_statistics"] and devices > 1:
         invalid("devices", devices, "batch_statistics is True, and a teacher's are of one device's batch")
 
@@ -194,7 +196,7 @@ class Distillation:
     alignment_weight: float | None = None  # in the generator's loss; None: the alignment's own
     alignment_ratio: float | None = None  # in its place: of its gradient to the inversion's, at the images
     layer: str = "penultimate"  # where features are aligned; else the name of a module of the teacher
-    labels: str = "soft"  # the teacher's softened answers; "hard": its choice, by cross-entropy
+    labels: str = "soft"  # the teacher's softened answers; "fixed": before augmentation; "hard": its choice
     augmentation: str = "normal"  # a name in AUGMENTATIONS
     mixup: bool = False  # blend each image with another; the teacher labels the blend
     batch_statistics: bool = False  # BatchNorm of teacher and student by each batch's own statistics
@@ -268,12 +270,13 @@ def student_loss(
     student: torch.nn.Module,  # as `captured` gives it, or Fabric
     teacher: torch.nn.Module,
     x: Float[Tensor, "n c h w"],  # augmented
+    labelled: Float[Tensor, "n c h w"],  # what the teacher answers for: the same, or not augmented
     settings: Distillation,
     fabric: Fabric,
 ) -> Float[Tensor, ""]:
     "What a student that should answer as the teacher does loses in one pass, on average."
     with torch.no_grad(), fabric.autocast(), batch_statistics(teacher, settings.batch_statistics):
-        wanted = teacher(x)
+        wanted = teacher(labelled)
     if settings.labels == "hard":
         return F.cross_entropy(student(x), wanted.argmax(1))
     return kd_loss(student(x), wanted, settings.temperature, settings.direction)
@@ -283,15 +286,16 @@ def student_step(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[float, Float[Tensor, "n c h w"]]],  # the weight of each term, and its images
+    batches: list[tuple[float, Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]],  # of each term its
+    # weight, the student's images and the teacher's
     settings: Distillation,
     fabric: Fabric,
 ) -> Float[Tensor, ""]:
     "One optimizer step down a sum of terms, a pass for each; returns the loss, left on the device."
     optimizer.zero_grad(set_to_none=True)
     losses = []
-    for weight, x in batches:
-        loss = weight * student_loss(student, teacher, x, settings, fabric)
+    for weight, *images in batches:
+        loss = weight * student_loss(student, teacher, *images, settings, fabric)
         fabric.backward(loss)  # at once, so that one pass is in memory at a time
         losses.append(loss.detach())
     optimizer.step()
@@ -322,18 +326,24 @@ class StudentTraining:
         networks = (self.student if several else student).train(), teacher
         self.passes = [captured(n, settings.batch_size, fabric, once and not several) for n in networks]
 
-    def batch(self, images: SyntheticSet, among: range | None = None) -> Float[Tensor, "n c h w"]:
-        "A batch to learn from, drawn and augmented; `among` one kind of images, or of all. A device's share."
-        x = self.augment(images.draw(self.settings.batch_size, among))
-        x = (mixup(x) if self.settings.mixup else x)[self.fabric.global_rank :: self.fabric.world_size]
+    def batch(self, images: SyntheticSet, among: range | None = None) -> tuple[Tensor, Tensor]:
+        "A device's share of a batch, `among` one kind or of all: augmented, and as the teacher labels it."
+        drawn = images.draw(self.settings.batch_size, among)
+        x = self.augment(drawn)
+        x = self.part(mixup(x) if self.settings.mixup else x)
+        return x, self.part(drawn) if self.settings.labels == "fixed" else x
+
+    def part(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "m c h w"]:
+        "A device's share of some images."
+        x = x[self.fabric.global_rank :: self.fabric.world_size]
         return x.contiguous(memory_format=torch.channels_last)
 
-    def batches(self, images: SyntheticSet) -> list[tuple[float, Float[Tensor, "n c h w"]]]:
+    def batches(self, images: SyntheticSet) -> list[tuple[float, Tensor, Tensor]]:
         "What a step learns from: a weight and a batch for each term."
         if self.settings.batches == "proportional" or len(images.kinds) == 1:
-            return [(1.0, self.batch(images))]
+            return [(1.0, *self.batch(images))]
         weights = 1.0, self.settings.condensed_weight
-        return [(w, self.batch(images, kind)) for w, kind in zip(weights, images.kinds, strict=True)]
+        return [(w, *self.batch(images, kind)) for w, kind in zip(weights, images.kinds, strict=True)]
 
     def epoch(self, images: SyntheticSet) -> float:
         "An epoch of steps; returns the mean loss."

@@ -60,10 +60,11 @@ def commit_of(file: Path) -> str:  # "unknown" where git is not installed, or do
     git = functools.partial(subprocess.run, cwd=file.parent, capture_output=True, text=True)
     try:
         tracked = git(["git", "ls-files", "--error-unmatch", file.name]).returncode == 0
-        commit = git(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]).stdout.strip()
+        commit = git(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        changed = git(["git", "diff", "--quiet", "HEAD", "--", ":/", ":(top,exclude)reports"]).returncode
     except OSError:
         return "unknown"
-    return commit if tracked and commit else "unknown"
+    return commit + "-dirty" * bool(changed) if tracked and commit else "unknown"
 
 # %% ../nbs/11_records.ipynb #cell-89da26
 def peak_memory(fabric: Fabric) -> int:  # megabytes; 0 where the system does not tell
@@ -144,6 +145,7 @@ def record_rows(record: dict, file: str) -> list[dict]:
     if inversion := common.get("inversion"):
         common["inversion"] = told(inversion, common["term_weights"])
     common["asked"] = common.get("images")  # how many images were asked for: a set may have fewer
+    common["network"] = record.get("network", common.get("teacher"))  # the teacher's, if it is a file
     if settings := record.get("settings"):
         common |= dict(schedule=schedule_text(record), temperature=settings["temperature"])  # what 0 came to
     aligned, rows = "alignments" in common, []

@@ -80,8 +80,9 @@ def test_two_terms_are_the_sum_of_two_means_in_two_passes(teacher, digits, fabri
     "By hand: gradients of a step of SGD at rate 1, with the statistics of each pass alone."
     settings = replace(TINY, batches="two_terms", condensed_weight=0.25)
     student = make_classifier("wrn_10_1", digits.train).train()
-    batches = [(1.0, digits.test.batch(torch.arange(12))), (0.25, torch.rand(5, 1, 16, 16))]
-    total = sum(w * kd_loss(student(x), teacher(x), settings.temperature) for w, x in batches)
+    terms = [(1.0, digits.test.batch(torch.arange(12))), (0.25, torch.rand(5, 1, 16, 16))]
+    batches = [(w, x, x.flip(3)) for w, x in terms]  # where the teacher labels something else
+    total = sum(w * kd_loss(student(x), teacher(seen), settings.temperature) for w, x, seen in batches)
     wanted = torch.autograd.grad(total, list(student.parameters()))
     before = [p.detach().clone() for p in student.parameters()]
     loss = student_step(student, teacher, torch.optim.SGD(student.parameters(), 1.0), batches, settings, fabric)
@@ -111,11 +112,25 @@ def test_each_term_draws_a_whole_batch_of_its_own_kind_once_there_are_both(teach
     black = replace(digits.train, images=torch.zeros_like(digits.train.images[:3]), labels=torch.zeros(3).long())
     images = SyntheticSet(digits.train, black, room=4)
     training = StudentTraining(make_classifier("wrn_10_1", digits.train), teacher, settings, fabric, seed=0)
-    ((weight, x),) = training.batches(images)  # before the pool has an image
+    ((weight, x, _),) = training.batches(images)  # before the pool has an image
     assert weight == 1 and len(x) == 16 and not x.any()
     images.add(torch.ones(4, 1, 16, 16), torch.arange(4))
-    found = [(weight, len(x), x.mean()) for weight, x in training.batches(images)]
+    found = [(weight, len(x), x.mean()) for weight, x, _ in training.batches(images)]
     assert found == [(1.0, 16, 1), (0.25, 16, 0)]  # the synthetic images first
+
+
+@pytest.mark.parametrize("batches", ["proportional", "two_terms"])
+def test_fixed_labels_are_the_teachers_of_the_images_before_augmentation(batches, teacher, digits, fabric):
+    settings = replace(TINY, labels="fixed", batches=batches)
+    images = SyntheticSet(digits.train, digits.train.subset(torch.arange(1)), room=1)
+    images.add(digits.train.batch(torch.arange(1, 2)), torch.zeros(1).long())
+    training = StudentTraining(make_classifier("wrn_10_1", digits.train), teacher, settings, fabric, seed=0)
+    for _, x, labelled in training.batches(images):
+        known = digits.train.batch(torch.arange(2))
+        assert all((known == image).flatten(1).all(1).any() for image in labelled)
+        assert len(x.flatten(1).unique(dim=0)) > 2  # shifted and flipped, each otherwise
+    soft = StudentTraining(make_classifier("wrn_10_1", digits.train), teacher, replace(TINY, batches=batches), fabric, seed=0)
+    assert all(x is labelled for _, x, labelled in soft.batches(images))
 
 
 def test_killed_and_continued_with_two_terms_the_student_is_the_same(teacher, digits, condensed, fabric, tmp_path):
