@@ -165,6 +165,7 @@ for seed in range(5):  # what is known of Paper A's loss, with Fast as published
     add("run_kd", f"inversion128-published-seed{seed}", f"{networks(first)} {PUBLISHED} {more}")
     add("run_kd", f"inversion128-two_terms-seed{seed}", f"{networks(first)} {method('fast')} {TWO_TERMS} {more}")
 add("run_condense", "whole-seed0", "-p condenser random -p ipc 5000 -p seed 0")  # the whole training set, judged as a condensed one
+add("run_condense", "whole_trained-seed0", "-p condenser random -p ipc 5000 -p seed 0 -p epochs 20 -p steps 390 -p batch_size 128")
 MARGINS = ("low", "middle", "high")
 SETS = dict(ipc1="-p ipc 1", ipc50="-p ipc 50", dsa="-p condenser dsa", mtt="-p condenser mtt", few="-p condenser random")
 WEAKER = [("wrn_16_1", 1), ("wrn_16_1", 2), ("wrn_16_1", 3), ("wrn_16_1", 0), ("wrn_10_1", 0)]  # epochs; 0: the usual
@@ -298,6 +299,9 @@ for seed in range(SCALE["seeds"]):
         add_transfer("run_surrogate", f"surrogate-{name}", surrogate, seed, given)
         if NAME == "cpu":  # and after five times as many steps
             add_transfer("run_surrogate", f"longer-{name}", surrogate, seed, f"{given} -p epochs 100")
+            if name in ("original", "shaders"):  # and without augmentation
+                more = f"{given} -p epochs 100 -p augmentation none -p mixup False"
+                add_transfer("run_surrogate", f"longer_none-{name}", surrogate, seed, more)
     for margin in MARGINS:  # a third of them, by the teacher's margin
         add_transfer("run_surrogate", f"margin-other-out-{margin}", OTHER, seed, f"{MANY} -p part out -p margin {margin}")
     add_transfer("run_surrogate", "surrogate-other-in", OTHER, seed, "-p images 0 -p part in")  # these are fewer

@@ -152,7 +152,7 @@ def reached(env, pattern: str) -> str:
         env.note_dependency(str(record))
     table = read_records(folder, f"{pattern}.json")
     run = table.iloc[0].fillna("")
-    told = f"Teacher: {run.teacher}, {run.teacher_accuracy:.1f} % of `{run.dataset}`." if run.teacher_accuracy else ""
+    told = f"Teacher: {run.network}, {run.teacher_accuracy:.1f} % of `{run.dataset}`." if run.teacher_accuracy else ""
     told += f" Student: {run.student}." if told and run.student else ""
     lines = [told or f"Of `{run.dataset}`.", ""]
     lines += ["| set | images | student's accuracy | runs |", "| --- | ---: | ---: | ---: |"]
