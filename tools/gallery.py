@@ -63,7 +63,8 @@ def draw() -> None:
         steps.update(runs.steps)
         ax.imshow(sheet(pictures[name]))
         ax.set_axis_off()
-        ax.set_title(f"{words}\n{runs.accuracy.mean():.1f} %, {runs.seed.nunique()} seeds", fontsize=10)
+        reached = f"{runs.images.mean():,.0f} images: {runs.accuracy.mean():.1f} %, {runs.seed.nunique()} seeds"
+        ax.set_title(f"{words}\n{reached}", fontsize=10)
     teacher = read_records(REPORTS / "records", "first-run-*.json").teacher_accuracy.mean()
     (each,) = steps  # as many for all
     said = f"Accuracy of the student that saw only these, after {each:,} steps (its teacher: {teacher:.1f} %)"
