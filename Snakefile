@@ -254,7 +254,8 @@ def teacher_run(bench, seed):
     return f"-p dataset {b['data']} -p size {b['size']} -p model {b['teacher']} -p seed {seed} {precision}"
 
 
-for bench in BENCHES if "tar" in OTHER else ["cifar"]:
+ARCHIVE = bool({".tar", ".tgz", ".txz"} & set(Path(OTHER).suffixes))
+for bench in BENCHES if ARCHIVE else ["cifar"]:
     for ratio in RATIOS:  # the weight of the alignment is chosen here, on a validation split, by a seed that is not measured
         more = f"-p evaluate validation -p alignments conditional -p alignment_ratio {ratio}"
         RUNS[f"{PREFIX}choose-{bench}-ratio{ratio}"] = ("run_alignment", bench_run(bench, 10, 99, more))
@@ -307,7 +308,7 @@ for seed in range(SCALE["seeds"]):
     add_transfer("run_surrogate", "surrogate-other-in", OTHER, seed, "-p images 0 -p part in")  # these are fewer
     add_transfer("run_surrogate", "temperature-shaders", "shaders", seed, f"{MANY} -p temperature 2")  # each at the other's
     add_transfer("run_surrogate", "temperature-other-out", OTHER, seed, f"{MANY} -p part out -p temperature 20")
-    if Path(OTHER).suffix in (".xz", ".gz", ".tar"):
+    if ARCHIVE:
         add_transfer("run_boundary", "boundary-photographs", "runs/photographs", seed, "-p images 0")
     add_transfer("run_boundary", "boundary-noise", "noise", seed, "-p images 500")
     add_transfer("run_surrogate", "control-noise", "noise", seed, "-p images 18000 -p sampling none")  # as many as the attack can make

@@ -259,7 +259,7 @@ def alignment_settings(
 # %% ../nbs/06_discriminator.ipynb #cell-55a
 def resolve_alignment(
     name: str,  # a preset, or "auto"
-    ipc: int,  # condensed images in the smallest class
+    ipc: int,  # condensed images of each class, on average
 ) -> str:  # a preset
     "What `auto` means: `conditional`, or `conditional_few` below five images per class."
     check_choice("alignment", name, ["auto", *ALIGNMENTS])

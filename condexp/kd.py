@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'BATCHES', 'AT_LEAST', 'GROWTH', 'INVERSION', 'TWO_TERMS', 'ALIGNMENT',
            'kd_loss', 'as_bytes', 'SyntheticSet', 'Method', 'check_values', 'Distillation', 'batch_statistics',
-           'check_batchnorm', 'shuffled', 'student_accuracy', 'estimate_statistics', 'student_loss', 'student_step',
-           'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages', 'check_alignment',
-           'make_synthesis', 'share', 'Distiller', 'measure_of', 'timed_epoch', 'pool_quality', 'MethodResult',
-           'run_method', 'student_path', 'save_method', 'load_method', 'distil']
+           'check_batchnorm', 'shuffled', 'even_batch_size', 'student_accuracy', 'estimate_statistics', 'student_loss',
+           'student_step', 'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages',
+           'check_alignment', 'make_synthesis', 'share', 'Distiller', 'measure_of', 'timed_epoch', 'pool_quality',
+           'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method', 'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
 import math
@@ -178,8 +178,8 @@ class Distillation:
     epochs: int  # each makes synthetic images once and trains the student for `steps`
     steps: int  # student steps an epoch
     batch_size: int = 128  # images a student step; with two terms, of each kind
-    lr: float = 0.1  # peak of OneCycle
-    weight_decay: float = 5e-4
+    lr: float = 0.1  # peak of OneCycle; a hundredth of it, and AdamW, for a student with LayerNorms
+    weight_decay: float = 5e-4  # of SGD; AdamW has 0.05
     temperature: float = 4.0
     direction: str = "forward"  # of the KL divergence, see `kd_loss`
     batches: str = "proportional"  # each image as likely; "two_terms": a mean of each kind (Paper A)
@@ -208,13 +208,17 @@ class Distillation:
         alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
 
     def cache_key(self, method: Method) -> dict:
-        "The settings that `method` reads; an alignment by its settings, not its name."
+        "The settings that `method` reads; inversion and alignment by what they are, not by name alone."
         unread = () if method.pool else GROWTH
-        unread += () if method.pool == "inverted" else INVERSION
-        unread += () if method.aligned else ALIGNMENT
+        unread += ("term_weights",) if method.pool == "inverted" else INVERSION
+        unread += ("alignment_weight", "alignment_ratio") if method.aligned else ALIGNMENT
         mixes = method.pool and method.source and self.batches == "two_terms"
         unread += () if mixes else TWO_TERMS
+        unread += ("temperature", "direction") if self.labels == "hard" else ()
         read = {name: value for name, value in asdict(self).items() if name not in unread}
+        if method.pool == "inverted":
+            recipe = inversion_recipe(self.inversion, self.term_weights)
+            read |= dict(recipe=recipe, inversion_steps=self.inversion_steps or recipe.steps)
         if method.aligned:
             chosen = alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
             read["alignment"] = asdict(chosen)
@@ -250,19 +254,23 @@ def shuffled(images: ImageSet) -> ImageSet:
     return images.subset(order.to(images.images.device))
 
 
+def even_batch_size(n: int, most: int = 512) -> int:
+    "The size of batches, of `most` images or less, that divides `n` images most evenly."
+    return math.ceil(n / math.ceil(n / most))
+
+
 def student_accuracy(student: Classifier, images: ImageSet, settings: Distillation, fabric: Fabric) -> float:
     "Percent of the images that a student gets right, its BatchNorm layers as the settings have them."
     if not settings.batch_statistics:
         return accuracy(student, images, fabric)
-    size = math.ceil(len(images) / math.ceil(len(images) / 512))
     with batch_statistics(student):
-        return accuracy(student, shuffled(images), fabric, size)
+        return accuracy(student, shuffled(images), fabric, even_batch_size(len(images)))
 
 # %% ../nbs/07_kd.ipynb #bs-10
 def estimate_statistics(model: Classifier, images: ImageSet, fabric: Fabric) -> None:
     "Make the BatchNorm layers remember the statistics of `images`."
     images = shuffled(on_device(images, fabric))
-    places = torch.arange(len(images), device=fabric.device).split(512)
+    places = torch.arange(len(images), device=fabric.device).split(even_batch_size(len(images)))
     update_bn((images.batch(index) for index in places), model.to(fabric.device))
 
 # %% ../nbs/07_kd.ipynb #cell-17

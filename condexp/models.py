@@ -360,7 +360,8 @@ class AtLayer(Classifier):
         with capture_activations(self.backbone.get_submodule(self.layer)) as seen:
             logits = self(x)
         features = seen[0][1]
-        positions = {3: 1, 4: (2, 3)}.get(features.ndim)  # of n l d, of n d h w
+        last = "NHWC" in str(getattr(self.backbone, "output_fmt", ""))  # as timm's Swin has it
+        positions = {3: 1, 4: (1, 2) if last else (2, 3)}.get(features.ndim)  # of n l d, of n d h w
         return features if positions is None else features.mean(positions), logits
 
 # %% ../nbs/02_models.ipynb #cell-40
@@ -545,9 +546,9 @@ def load_classifier(path: Path, device: str | torch.device = "cpu") -> tuple[Cla
         with torch.random.fork_rng(devices=[]):
             model = from_spec(spec)
         model.backbone.load_state_dict(tensors)
-    except Exception:
+    except Exception as error:
         unfit = f"weights that do not fit {spec.name} with {len(spec.classes)} classes"
-        raise ValueError(f"{path} holds {unfit}") from None
+        raise ValueError(f"{path} holds {unfit} ({' '.join(str(error).split())[:200]})") from None
     return model.to(device), header["meta"]
 
 # %% ../nbs/02_models.ipynb #cell-50

@@ -303,6 +303,7 @@ class RunCondense(RunTraining):
     "Parameters of `run_condense`."
 
     own = {"output": file_or_empty(".safetensors"), "condenser": choice(CONDENSERS)}
+    own |= {"labels": choice(("hard", "soft"))}  # of a set there is no other moment to answer
     condenser: str
     ipc: int
     iterations: int

@@ -105,7 +105,11 @@ def by_margin(
     kept = []
     for label in labels.unique():
         own = (labels == label).nonzero().flatten()
-        kept.append(own[margins[own].argsort()].tensor_split(3)[MARGINS.index(part) - 1])
+        each = len(own) // 3  # equal thirds: what is left over lies between them
+        begin = {"low": 0, "middle": (len(own) - each) // 2, "high": len(own) - each}[part]
+        kept.append(own[margins[own].argsort()][begin : begin + each])
+    if not sum(map(len, kept)):
+        invalid("margin", part, "no class of the set has three images")
     chosen = images.subset(torch.cat(kept).sort().values)
     return replace(chosen, provenance=chosen.provenance | {"margin": part})
 

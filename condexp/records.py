@@ -8,8 +8,8 @@ __all__ = ['METHOD_ORDER', 'METHOD_COLOURS', 'METHOD_MARKERS', 'PAPER_LABELS', '
            'record_rows', 'schedule_text', 'read_records', 'plus_minus', 'paired', 'interval', 'verdict',
            'best_baseline', 'describe_scale', 'paired_table', 'points', 'interval_text', 'name_lines', 'plot_students',
            'plot_discriminators', 'tsne_plane', 'plot_tsne', 'frechet_to_first', 'mean_interval', 'plot_methods',
-           'scores', 'agreement_in_words', 'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet', 'method_table',
-           'plot_accuracies']
+           'scores', 'scored_on', 'agreement_in_words', 'sets_in_words', 'chance_gap', 'in_words', 'fair_frechet',
+           'method_table', 'plot_accuracies']
 
 # %% ../nbs/11_records.ipynb #cell-02
 import functools
@@ -502,7 +502,12 @@ def scores(record: dict) -> tuple[dict[str, float], str, str]:
     "(method or set -> percent, what it is, of which images): accuracies, or without data agreements."
     if record.get("agreement"):
         return record["agreement"], "agreement with the teacher", record["probe"]
-    return record["accuracy"], "student accuracy", "the test images"
+    return record["accuracy"], "student accuracy", f"the {scored_on(record)} images"
+
+
+def scored_on(record: dict) -> str:
+    "Which images the students were scored on: `test`, or `validation`."
+    return record["config"].get("evaluate", "test")
 
 # %% ../nbs/11_records.ipynb #cell-d303df
 def agreement_in_words(record: dict) -> str:
@@ -534,9 +539,10 @@ def sets_in_words(record: dict, student: str) -> str:
     n, found = record["test_images"], []
     for name, value in record["accuracy"].items():
         low, high = wilson(value, n)
-        correct = f"**{value:.1f} %** of {n:,} test images correctly ({low:.1f} to {high:.1f})"
+        images = f"{n:,} {scored_on(record)} images"
+        correct = f"**{value:.1f} %** of {images} correctly ({low:.1f} to {high:.1f})"
         found.append(f"Taught by `{name}` alone, `{student}` classifies {correct}.")
-    return " ".join([*found, f"Its teacher classifies {record['teacher_accuracy']:.1f} % correctly."]) + note
+    return " ".join([*found, f"Its teacher classifies {record['teacher_accuracy']:.1f} % of the test images."]) + note
 
 # %% ../nbs/11_records.ipynb #cell-41
 def chance_gap(a: float, b: float, n: int) -> float:
@@ -555,8 +561,8 @@ def in_words(record: dict) -> str:
         f"The teacher classifies {teacher:.1f} % of the test images correctly. "
         f"From best to worst, the students: {students}."
     ]
-    lines += _gaps_in_words(accuracy, n)
-    few = accuracy.get("random")
+    lines += _gaps_in_words(accuracy, n, scored_on(record))
+    few = accuracy.get("random") if scored_on(record) == "test" else None  # as the teacher was
     if n and few is not None and teacher - few <= chance_gap(teacher, few, n):
         lines.append(
             "**This data cannot tell the methods apart**: "
@@ -574,16 +580,16 @@ CONTRASTS = (  # method, baseline: what is asked
 )
 
 
-def _gaps_in_words(accuracy: dict[str, float], n: int | None) -> list[str]:
-    "Which differences are larger than the choice of test images explains."
-    lines, larger, smaller = [f"One of the {n:,} test images is {100 / n:.2g} points."] if n else [], [], []
+def _gaps_in_words(accuracy: dict[str, float], n: int | None, kind: str = "test") -> list[str]:
+    "Which differences are larger than the choice of test (or validation) images explains."
+    lines, larger, smaller = [f"One of the {n:,} {kind} images is {100 / n:.2g} points."] if n else [], [], []
     for method, baseline, text in CONTRASTS:
         if method in accuracy and baseline in accuracy:
             gap = accuracy[method] - accuracy[baseline]
             sure = n and abs(gap) > chance_gap(accuracy[method], accuracy[baseline], n)
             (larger if sure else smaller).append(f"{text}, {gap:+.1f} points")
     if larger:
-        lines.append(f"Larger than the choice of test images explains: {'; '.join(larger)}.")
+        lines.append(f"Larger than the choice of {kind} images explains: {'; '.join(larger)}.")
     if smaller:
         lines.append(f"{'Not larger' if n else 'Differences'}: {'; '.join(smaller)}.")
     return lines

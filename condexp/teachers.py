@@ -942,7 +942,7 @@ class TeacherCard:
     warnings: tuple[str, ...] = ()
 
 # %% ../nbs/14_teachers.ipynb #cell-57
-def _label_warnings(seen: dict[str, Any], spec: ModelSpec) -> list[str]:
+def _label_warnings(seen: dict[str, Any], spec: ModelSpec, names: tuple[str, ...]) -> list[str]:
     "What low accuracy may come from."
     if not seen or seen["accuracy"] >= 90:
         return []
@@ -950,7 +950,7 @@ def _label_warnings(seen: dict[str, Any], spec: ModelSpec) -> list[str]:
     now = f"accuracy is {seen['accuracy']:.1f} %"
     if seen["permuted"] > max(seen["accuracy"] + 10, 1.5 * seen["accuracy"]):
         moved = [(i, j) for i, j in enumerate(seen["order"]) if i != j]
-        pairs = ", ".join(f"{spec.classes[i]} is {spec.classes[j]}" for i, j in moved)
+        pairs = ", ".join(f"{spec.classes[i]} is {names[j]}" for i, j in moved)
         found.append(f"{now}, and {seen['permuted']:.1f} % in another order: {pairs[:200]}")
     if seen["under"][best] > seen["accuracy"] + 10:
         found.append(f"{now}, and {seen['under'][best]:.1f} % with -p mean {best}: check the normalisation")
@@ -976,7 +976,8 @@ def teacher_card(
     "Check a teacher: seconds, whatever it is."
     model.eval()
     distances, seen = normalisation_distances(model), on_labels(model, images) if images is not None else {}
-    warnings = _normalisation_warnings(distances) + _label_warnings(seen, model.spec)
+    names = images.classes if images is not None else ()
+    warnings = _normalisation_warnings(distances) + _label_warnings(seen, model.spec, names)
     return TeacherCard(
         spec=model.spec,
         parameters=sum(p.numel() for p in model.backbone.parameters()),

@@ -185,9 +185,9 @@ class Schedule:
     epochs: int
     steps: int  # an epoch
     batch_size: int = 128
-    lr: float = 0.1  # the highest
+    lr: float = 0.1  # the highest; a hundredth of it, and AdamW, where there are LayerNorms
     momentum: float = 0.9  # Nesterov's
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-4  # of SGD; AdamW has 0.05
 
     def __post_init__(self):
         for name, least in (("epochs", 1), ("steps", 1), ("batch_size", 2)):

@@ -29,6 +29,7 @@ from torch import Tensor
 from .cache import Checkpoint, cached, check_choice, check_int, config_hash, invalid, progress
 from .data import NAMES, ImageSet, content_hash, rank_within
 from .files import find_text
+from .inversion import inversion_recipe
 from .models import Classifier, fingerprint, freeze
 from .shaders import read_programs
 from .sources import PHOTOS, SOURCES, ImageStream, StreamSpec, photograph, real_images, to_channels
@@ -319,8 +320,10 @@ def open_source(
         own, spec = source_settings(source, own), teacher.spec
         wanted = StreamSpec(spec.size, settings.seed, spec.mean, spec.std, teacher, fabric)
         origin = dict(surrogate=source) | read_settings(own)
-        make = SOURCES[source]
-        return functools.partial(make, wanted, **own), origin, origin | dict(source=make)
+        key = origin | dict(source=SOURCES[source])
+        if "inversion" in own:
+            key["recipe"] = inversion_recipe(own["inversion"], own.get("term_weights", {}))
+        return functools.partial(SOURCES[source], wanted, **own), origin, key
     if settings.count > len(check_content(source, "surrogate")):
         invalid("images", settings.count, f"the set has {len(source)}")
     if source.size != teacher.spec.size:
@@ -374,8 +377,9 @@ def is_synthetic(source: str | ImageSet) -> bool:
     "Whether images are rendered, condensed or inverted: by a source's name, or by a set's provenance."
     if isinstance(source, str):
         return source in SOURCES
-    made = source.provenance
-    return "surrogate" in made or made.get("method", "random") not in ("random", "herding")
+    parts = [source.provenance, *source.provenance.get("parts", [])]
+    real = ("random", "herding", "oracle")  # whose images are some of the training images
+    return any("surrogate" in part or part.get("method", "random") not in real for part in parts)
 
 # %% ../nbs/08_transfer.ipynb #tra-49b
 PROBE_SEED = 1_000_003  # that nobody's transfer set has
@@ -390,9 +394,10 @@ def inversions_of(images: ImageSet) -> list[str]:
 
 def probe_method(used: Collection[str] = ()) -> str:
     "The inversion method of a probe: the first of `PROBES` that made no image to learn from."
-    if left := [name for name in PROBES if name not in used]:
+    families = {name.split("_")[0] for name in used}  # `fast_published` is of Fast's
+    if left := [name for name in PROBES if name not in families]:
         return left[0]
-    invalid("sources", ", ".join(used), f"one of {', '.join(PROBES)} must be left to make the probe")
+    invalid("inversion", ", ".join(used), f"one of {', '.join(PROBES)} must be left to make the probe")
 
 # %% ../nbs/08_transfer.ipynb #tra-49g
 def probe_set(

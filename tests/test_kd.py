@@ -37,9 +37,9 @@ def test_every_method_says_what_it_used(method, sources, teacher, digits, fabric
     assert 0 <= result.accuracy <= 100
 
 
-def test_the_teacher_is_the_same_to_the_last_bit(sources, teacher, digits, fabric):
+def test_the_teacher_is_the_same_to_the_last_bit(teacher, digits, condensed, fabric):
     before = fingerprint(teacher)
-    distil("expanded", teacher, "wrn_10_1", sources, digits, TINY, 11, fabric)
+    run_method("expanded", teacher, "wrn_10_1", condensed, digits, TINY, 11, fabric, Checkpoint())
     assert fingerprint(teacher) == before
     assert not teacher.training and all(p.grad is None for p in teacher.parameters())
 
