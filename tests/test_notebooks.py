@@ -144,6 +144,16 @@ def test_notebooks_name_no_folder_of_somebodys_machine(path):
     assert not re.search(r"/(home|root|work|Users|tmp/venv)/", path.read_text())
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_where_a_figure_is_drawn_the_committed_notebook_has_its_picture(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        shown = [output.get("data", {}) for output in cell.get("outputs", [])]
+        pictures = sum("image/png" in data for data in shown)
+        assert pictures >= sum("<Figure" in "".join(data.get("text/plain", "")) for data in shown), cell["id"]
+        if path.stem[0] in "01" and "\nplt.show()" in "".join(cell["source"]):
+            assert pictures, cell["id"]
+
+
 def test_readme_and_front_page_say_what_the_executed_pages_say():
     notebook = front_page.filled()
     assert notebook == json.loads(front_page.INDEX.read_text()), "run python tools/front_page.py"
