@@ -459,20 +459,24 @@ LOOK = {  # verdict: colour and marker
 }
 
 # %% ../nbs/17_claims.ipynb #plot-1
-def plot_claims(table: pd.DataFrame, names: list[str] | None = None, most: float = 40) -> Figure:
+def plot_claims(table: pd.DataFrame, most: float = 40) -> Figure:
     """Differences with 95 % intervals, the paper's as a black tick, or a number where it lies outside.
 
-    Differences above `most` are left out.
+    A claim is a line, its settings are below it. Differences above `most` are left out.
     """
     claims = table.groupby(["claim", "words"], sort=False).ngroup()  # the settings of each together
     shown = table.loc[claims.sort_values(kind="stable").index]
     shown = shown[shown.difference.abs() < most].reset_index(drop=True)
     widest = 1.2 * max(shown.high.fillna(0).max(), shown.difference.max())
-    again = shown.duplicated(["claim", "words"])  # then the setting alone
-    heads = [f"{r.claim}  {r.words}: " for r in shown.itertuples()]
-    names = names or [head * (not a) + s for head, a, s in zip(heads, again, shown.setting, strict=True)]
-    figure, ax = plt.subplots(figsize=(9.5, 0.31 * len(shown) + 0.9), layout="constrained")
-    for y, r in shown.iterrows():
+    first = ~shown.duplicated(["claim", "words"])
+    places = shown.index + first.cumsum()  # a row for each setting, and one above for the claim
+    rows = places.max() + 1
+    figure, ax = plt.subplots(figsize=(9.5, 0.27 * rows + 0.9), layout="constrained")
+    for y, r in zip(places[first] - 1, shown[first].itertuples(), strict=True):
+        ax.axhspan(y - 0.5, y + 0.5, color="0.95")
+        head = dict(xycoords=("axes fraction", "data"), va="center", fontsize=9, weight="bold")
+        ax.annotate(f"{r.claim}  {r.words}", (0.01, y), **head)
+    for y, (_, r) in zip(places, shown.iterrows(), strict=True):
         colour, marker = LOOK[r.verdict]
         ax.plot([r.low, r.high], [y, y], color=colour, linewidth=2)
         ax.plot(r.difference, y, marker, color=colour, markersize=7)
@@ -486,8 +490,8 @@ def plot_claims(table: pd.DataFrame, names: list[str] | None = None, most: float
     ax.grid(axis="x", color="0.9")
     ticks = "; black: the paper's"
     measure = "difference (points; bars: 95 % interval"
-    ax.set(xlabel=measure + ticks * bool(table.paper.notna().any()) + ")", ylim=(len(shown) - 0.4, -0.6))
-    ax.set_yticks(range(len(shown)), names, fontsize=9)
+    ax.set(xlabel=measure + ticks * bool(table.paper.notna().any()) + ")", ylim=(rows - 0.4, -0.6))
+    ax.set_yticks(places, shown.setting, fontsize=9)
     ax.xaxis.label.set_size(9)
     ax.locator_params(axis="x", nbins=8)
     plt.close(figure)
