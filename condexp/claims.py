@@ -304,6 +304,7 @@ def attack(words, of, baseline, paper=None) -> Claim:
     "That a set teaches better after the boundary attack than `baseline`, a set of the same runs."
     runs = (Runs(f"boundary-{of}-*", name) for name in (f"{of}, attacked", baseline))
     setting = of.replace("photographs", "photographs of one thing")
+    setting += " (fewer images)" * baseline.endswith("control")
     return Claim("B6", words, setting, *runs, paper, "paper_b_attack", Runs("surrogate-original-*"))
 
 # %% ../nbs/17_claims.ipynb #b6-3
