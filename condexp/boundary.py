@@ -414,7 +414,8 @@ def attacked_set(
         return made_by(state, goals, teacher, fabric)
 
     made = cached("attacked", key, compute, lambda path, made: made.save(path), ImageSet.load)
-    of = {what: how for what, how in images.provenance.items() if what in ("surrogate", "method", "inversion", "parts")}
+    kept = ("surrogate", "method", "inversion", "parts")
+    of = {what: how for what, how in images.provenance.items() if what in kept}
     return replace(made, provenance=made.provenance | of | {"attacked": True})
 
 # %% ../nbs/10_boundary.ipynb #cell-40

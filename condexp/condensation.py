@@ -703,7 +703,8 @@ def condense(
 def provenance(name: str, settings: dict, seed: int, train: ImageSet) -> dict:
     "Where a condensed set comes from, and how it is to be judged."
     source = {"fingerprint": train.fingerprint, "images": len(train), **train.provenance}
-    return {"method": name, "config": settings, "seed": seed, "evaluation": protocol(EVALUATION), "source": source}
+    told = {"method": name, "config": settings, "seed": seed, "source": source}
+    return told | {"evaluation": protocol(EVALUATION)}
 
 # %% ../nbs/04_condensation.ipynb #read-pair
 def find_pair(content: Any) -> tuple[Tensor, Tensor] | None:

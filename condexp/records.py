@@ -542,7 +542,8 @@ def sets_in_words(record: dict, student: str) -> str:
         images = f"{n:,} {scored_on(record)} images"
         correct = f"**{value:.1f} %** of {images} correctly ({low:.1f} to {high:.1f})"
         found.append(f"Taught by `{name}` alone, `{student}` classifies {correct}.")
-    return " ".join([*found, f"Its teacher classifies {record['teacher_accuracy']:.1f} % of the test images."]) + note
+    teacher = f"Its teacher classifies {record['teacher_accuracy']:.1f} % of the test images."
+    return " ".join([*found, teacher]) + note
 
 # %% ../nbs/11_records.ipynb #cell-41
 def chance_gap(a: float, b: float, n: int) -> float:

@@ -373,13 +373,18 @@ def warn_of_gaps(made: ImageSet, settings: TransferSettings) -> None:
     warnings.warn(f"{kept}; these classes of the teacher are not full: {', '.join(short)}", stacklevel=3)
 
 # %% ../nbs/08_transfer.ipynb #tra-36c
+def _made_by(images: ImageSet) -> list[dict]:
+    "The provenance of a set, and of the sets that it was joined from."
+    return [images.provenance, *images.provenance.get("parts", [])]
+
+
 def is_synthetic(source: str | ImageSet) -> bool:
     "Whether images are rendered, condensed or inverted: by a source's name, or by a set's provenance."
     if isinstance(source, str):
         return source in SOURCES
-    parts = [source.provenance, *source.provenance.get("parts", [])]
     real = ("random", "herding", "oracle")  # whose images are some of the training images
-    return any("surrogate" in part or part.get("method", "random") not in real for part in parts)
+    made = _made_by(source)
+    return any("surrogate" in about or about.get("method", "random") not in real for about in made)
 
 # %% ../nbs/08_transfer.ipynb #tra-49b
 PROBE_SEED = 1_000_003  # that nobody's transfer set has
@@ -388,8 +393,7 @@ PROBES = {"cmi": dict(inversion_steps=60), "fast": {}, "nayer": {}}  # inversion
 
 def inversions_of(images: ImageSet) -> list[str]:
     "The inversion methods that made images of a set, by its provenance and that of its parts."
-    made = [images.provenance, *images.provenance.get("parts", [])]
-    return [about["inversion"] for about in made if about.get("inversion")]
+    return [about["inversion"] for about in _made_by(images) if about.get("inversion")]
 
 
 def probe_method(used: Collection[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""The front page: fills the tables of nbs/index.ipynb from the executed pages in reports/, and writes README.md from it.
+"""The front page: fills tables and findings of nbs/index.ipynb from the executed pages in reports/, and writes README.md from it.
 
     python tools/front_page.py
 """
@@ -10,10 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 INDEX, README = ROOT / "nbs/index.ipynb", ROOT / "README.md"
-TABLES = {  # the id of a cell: the page whose output it is, and how that begins
+SHOWN = {  # the id of a cell: the page whose output it is, and how that begins
     "expected": ("paper_first_run", "| students of five seeds"),
     "guide": ("paper_datafree", "| you have"),
     "claims": ("paper_claims", "| | claim | paper | ours, by setting"),
+    "found-a": ("paper_claims", "**Paper A.**"),
+    "found-b": ("paper_claims", "**Paper B.**"),
+    "found-c": ("paper_claims", "**Beyond.**"),
 }
 
 
@@ -23,8 +26,8 @@ def moved(text: str, old: str, new: str) -> str:
     return re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({to(m[1])})", text)
 
 
-def table(page: str, beginning: str) -> str:
-    "A table that an executed page shows."
+def part_of(page: str, beginning: str) -> str:
+    "A table, or a paragraph, that an executed page shows."
     cells = json.loads((ROOT / f"reports/{page}.ipynb").read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     texts = ["".join(output.get("data", {}).get("text/markdown", "")) for output in outputs]
@@ -33,11 +36,11 @@ def table(page: str, beginning: str) -> str:
 
 
 def filled() -> dict:
-    "The notebook of the front page, its tables those of the pages."
+    "The notebook of the front page, its tables and findings those of the pages."
     notebook = json.loads(INDEX.read_text())
     for cell in notebook["cells"]:
-        if cell["id"] in TABLES:
-            cell["source"] = table(*TABLES[cell["id"]]).splitlines(keepends=True)
+        if cell["id"] in SHOWN:
+            cell["source"] = part_of(*SHOWN[cell["id"]]).splitlines(keepends=True)
     return notebook
 
 
