@@ -1,6 +1,7 @@
 """Any teacher: every wrapping gives the same logits, what cannot be one is refused in a sentence, the card sees what is wrong."""
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from condexp.models import ModelSpec, create_backbone, fingerprint, freeze, from
 from condexp.models import save_classifier
 from condexp.teachers import CONVENTIONS, card_figure, card_markdown, clean_weights, convention, doubted, import_teacher
 from condexp.teachers import likeliest, normalisation_distances, normalised_by, on_labels, our_names, teacher_card
+from condexp.training import accuracy
 
 NAMES = ("cat", "dog", "owl")
 
@@ -450,6 +452,19 @@ def test_the_notebook_brings_a_teacher(papermill, net, x, tmp_path):
     assert model.spec.classes == NAMES and torch.allclose(model.eval()(x), net(2 * x - 1), atol=1e-5)
     record = json.loads(next((tmp_path / "records").iterdir()).read_text())
     assert record["config"]["weights"] == "net.ckpt" and record["card"]["batchnorm"] == 9
+
+
+def test_the_notebook_measures_a_teacher_in_its_own_order_of_classes(papermill, teacher, digits, fabric, tmp_path):
+    model = copy.deepcopy(teacher)
+    model.spec = replace(model.spec, classes=model.spec.classes[::-1])
+    last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.copy_(last.weight.flip(0)), last.bias.copy_(last.bias.flip(0))
+    save_classifier(tmp_path / "mine.safetensors", model, {})
+    done = papermill("run_import", weights="mine.safetensors", dataset="digits")
+    assert done.returncode == 0, done.stdout
+    record = json.loads(next((tmp_path / "records").iterdir()).read_text())
+    assert record["card"]["labelled"]["accuracy"] == pytest.approx(accuracy(teacher, digits.test, fabric), abs=0.5)
 
 
 def test_torchscript_keeps_its_layers(net, x):
