@@ -270,7 +270,7 @@ for bench in BENCHES if ARCHIVE else ["cifar"]:
             other = f"{more} -p arms expanded -p alignment {kind}"
             RUNS[f"{PREFIX}trial-{kind}-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, other))
         if bench == "cifar":  # a slow inversion, so of fewer images
-            other = "-p inversion pre_dfkd -p images 8000 -p arms mixed,expanded"
+            other = "-p inversion pre_dfkd -p images 8000 -p arms inversion,mixed,expanded,full"
             RUNS[f"{PREFIX}trial-{bench}-pre_dfkd-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, other))
 
 
