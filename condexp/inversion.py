@@ -35,7 +35,7 @@ from .augment import Augment, flippable
 from .cache import check_choice, check_int, invalid
 from .data import rank_within
 from .models import Classifier, Generator, capture_activations
-from .training import scaled_backward
+from .training import FP16_SCALE, scaled_backward
 
 # %% ../nbs/05_inversion.ipynb #cell-07
 class ChannelMoments(torch.autograd.Function):
@@ -963,9 +963,10 @@ def add_gradient(
     ratio: float | Float[Tensor, ""],
 ) -> None:
     "When a gradient comes back to `images`, that of `loss` is added to it, `ratio` times as long."
-    (slope,) = torch.autograd.grad(loss, images, retain_graph=True)
-    slope = slope / slope.norm().clamp_min(1e-20)
-    images.register_hook(lambda gradient: gradient + ratio * gradient.norm() * slope)
+    (slope,) = torch.autograd.grad(FP16_SCALE * loss, images, retain_graph=True)
+    slope = slope.float() / slope.float().norm().clamp_min(1e-20)
+    added = lambda gradient: ratio * gradient.float().norm() * slope
+    images.register_hook(lambda gradient: gradient + added(gradient).to(gradient.dtype))
 
 # %% ../nbs/05_inversion.ipynb #cell-93e
 class WeightedTerms:
