@@ -272,9 +272,9 @@ for bench in BENCHES if ARCHIVE else ["cifar"]:
         for kind in ("unconditional", "auxiliary") if bench == "hundred" else ():  # other discriminators, of the same weight
             other = f"{more} -p arms expanded -p alignment {kind}"
             RUNS[f"{PREFIX}trial-{kind}-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, other, "bn"))
-        if bench == "cifar":  # a slow inversion, so of fewer images
-            other = "-p inversion pre_dfkd -p images 8000 -p arms inversion,mixed,expanded,full"
-            RUNS[f"{PREFIX}trial-{bench}-pre_dfkd-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, other))
+for seed in range(5):  # and a slow inversion, so of fewer images
+    more = "-p inversion pre_dfkd -p images 8000 -p arms inversion,mixed,expanded,full"
+    RUNS[f"{PREFIX}trial-cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, more))
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
