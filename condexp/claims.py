@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NAMED', 'PAIRS', 'MAIN_RUNS', 'BN', 'COMPARED', 'TRIALS', 'UNLIKE', 'MIXING', 'A1', 'TWO_TERMS', 'ALIGNING',
-           'DISCRIMINATOR', 'ORACLES', 'FULL', 'FULL_EARLIER', 'CHOSEN', 'TRIAL_ROOM', 'A2', 'HARDER', 'WHOLE', 'GAINS',
-           'A12', 'TOLD', 'A3', 'KINDS', 'SINGLE', 'MTT', 'BEST', 'FEW_IMAGES', 'PAPER_A', 'NEXT', 'B1', 'ABLATION',
-           'NORMAL', 'B3', 'POOR', 'BALANCE', 'DIGITS', 'THEIRS', 'B6', 'TEACHERS', 'B7', 'FROM_BOUNDARY', 'THIRDS',
-           'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'pairs', 'judge', 'judged',
-           'of_arms', 'has_number', 'of_two_terms', 'aligning', 'few_images', 'order_of_sets', 'ablation', 'attack',
+           'DISCRIMINATOR', 'ORACLES', 'FULL', 'CHOSEN', 'TRIAL_ROOM', 'A2', 'HARDER', 'WHOLE', 'GAINS', 'A12', 'TOLD',
+           'A3', 'KINDS', 'SINGLE', 'MTT', 'BEST', 'FEW_IMAGES', 'PAPER_A', 'NEXT', 'B1', 'ABLATION', 'NORMAL', 'B3',
+           'POOR', 'BALANCE', 'DIGITS', 'THEIRS', 'B6', 'TEACHERS', 'B7', 'FROM_BOUNDARY', 'THIRDS', 'PAPER_B',
+           'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'pairs', 'judge', 'judged', 'of_arms',
+           'has_number', 'of_two_terms', 'aligning', 'few_images', 'order_of_sets', 'ablation', 'attack',
            'attack_mnist', 'longer', 'margin', 'counted', 'by_setting', 'opening', 'claims_table', 'short_table',
            'plot_claims']
 
@@ -166,11 +166,11 @@ A1 += of_two_terms("A1", MIXING, "mixed", "inversion", 1.95)
 # %% ../nbs/17_claims.ipynb #a2-2
 ALIGNING, DISCRIMINATOR = "feature alignment helps beyond mixing", "paper_a_discriminator"
 ORACLES = {bench: Runs(f"trial-{bench}-ipc10-*", "oracle") for bench in TRIALS}
-FULL, FULL_EARLIER = Runs("two_terms-seed*", "full"), Runs("kd-pre_dfkd-wrn-dm10-*", "full")  # by teacher
-CHOSEN = {  # alignment, files, and the students of real images that had the same teacher
-    "Fast": ("conditional (0.3)", "alignment-ipc10-*", FULL),
-    BN: ("conditional (0.3)", "alignment-fast_bn0-*", FULL_EARLIER),
-    "PRE-DFKD": ("conditional (0.1)", "alignment-pre_dfkd-ipc10-*", FULL_EARLIER),
+FULL = Runs("kd-fast-wrn-dm10-*", "full")
+CHOSEN = {  # alignment, files
+    "Fast": ("conditional (0.3)", "alignment-ipc10-*"),
+    BN: ("conditional (0.3)", "alignment-fast_bn0-*"),
+    "PRE-DFKD": ("conditional (0.1)", "alignment-pre_dfkd-ipc10-*"),
 }
 
 # %% ../nbs/17_claims.ipynb #a2-3
@@ -187,8 +187,7 @@ A2 = [
     if setting not in ("Fast", BN)  # whose three seeds are among the eight of the chosen weight
 ]
 A2 += [
-    aligning(f"{of}, chosen weight", files, arm, DISCRIMINATOR, full)
-    for of, (arm, files, full) in CHOSEN.items()
+    aligning(f"{of}, chosen weight", files, arm, DISCRIMINATOR, FULL) for of, (arm, files) in CHOSEN.items()
 ]
 
 # %% ../nbs/17_claims.ipynb #a2-harder
@@ -212,8 +211,8 @@ A12 += of_two_terms("A1+A2", WHOLE, "expanded", "inversion", 7.77)
 # %% ../nbs/17_claims.ipynb #a3-2
 TOLD = "a discriminator should know the class"
 A3 = [
-    of_arms("A3", TOLD, of, files, arm, f"unconditional ({weight})", None, DISCRIMINATOR, full)
-    for (of, (arm, files, full)), weight in zip(CHOSEN.items(), (1, 1, 0.1), strict=True)
+    of_arms("A3", TOLD, of, files, arm, f"unconditional ({weight})", None, DISCRIMINATOR, FULL)
+    for (of, (arm, files)), weight in zip(CHOSEN.items(), (1, 1, 0.1), strict=True)
 ]
 _UNTOLD = Runs("trial-unconditional-hundred-bn0-*", "expanded"), None, "paper_a_trial", ORACLES["hundred"]
 _TOLD = {"conditional": "trial-hundred-bn0-*", "auxiliary": "trial-auxiliary-hundred-bn0-*"}
@@ -250,7 +249,7 @@ _WITH_MTT, _WITH_DM = (Runs(f"kd-fast-wrn-{condenser}10-*", "expanded") for cond
 _MTT_DIGITS, _DM_DIGITS = (Runs(files, "expanded") for files in ("mnist-mtt-seed*", "first-run-*"))
 _FULL_DIGITS = Runs("first-run-*", "full")
 BEST = [
-    Claim("A6", MTT, "Fast", _WITH_MTT, _WITH_DM, None, "paper_a_condensation", FULL_EARLIER),
+    Claim("A6", MTT, "Fast", _WITH_MTT, _WITH_DM, None, "paper_a_condensation", FULL),
     Claim("A6", MTT, "Fast, MNIST", _MTT_DIGITS, _DM_DIGITS, None, "paper_first_run", _FULL_DIGITS),
 ]
 FEW_IMAGES = [claim for kind in KINDS for claim in few_images(kind)]
