@@ -483,7 +483,7 @@ LOOK = {  # verdict: colour and marker
 
 # %% ../nbs/17_claims.ipynb #plot-1
 def plot_claims(table: pd.DataFrame, most: float = 40) -> Figure:
-    """Differences with 95 % intervals, the paper's as a black tick, or a number where it lies outside.
+    """Differences with 95 % intervals, the paper's as a black tick (grey: a yardstick), or a number outside.
 
     A claim is a line, its settings are below it. Differences above `most` are left out.
     """
@@ -505,13 +505,14 @@ def plot_claims(table: pd.DataFrame, most: float = 40) -> Figure:
         ax.plot(r.difference, y, marker, color=colour, markersize=7)
         place = dict(xycoords=("axes fraction", "data"), va="center", fontsize=9)
         if r.paper == r.paper and r.paper <= widest:
-            ax.plot(r.paper, y, "|", color="black", markersize=13, markeredgewidth=2)
+            tick = "black" if r.own else "0.7"
+            ax.plot(r.paper, y, "|", color=tick, markersize=13, markeredgewidth=2)
         elif r.paper == r.paper:
             ax.annotate(f"{r.paper:.0f} \N{RIGHTWARDS ARROW}", (0.99, y), ha="right", **place)
         ax.annotate(r.verdict, (1.02, y), annotation_clip=False, color=colour, **place)
     ax.axvline(0, color="0.3", linewidth=1)
     ax.grid(axis="x", color="0.9")
-    ticks = "; black: the paper's"
+    ticks = "; black: the paper's" + "; grey: a yardstick" * (not shown.own.all())
     measure = "difference (points; bars: 95 % interval"
     ax.set(xlabel=measure + ticks * bool(table.paper.notna().any()) + ")", ylim=(rows - 0.4, -0.6))
     ax.set_yticks(places, shown.setting, fontsize=9)
