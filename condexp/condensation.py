@@ -9,11 +9,11 @@ __all__ = ['CONDENSERS', 'CHECKPOINT_INTERVAL', 'EVALUATION', 'EVALUATION_NETWOR
            'LearnedImages', 'first_images', 'optimise', 'resume_condensation', 'DM', 'DistributionMatching',
            'gradient_distance', 'gradients', 'sgd_step', 'DSA', 'GradientMatching', 'Whitening', 'MTT',
            'whitened_network', 'train_expert', 'train_experts', 'expert_trajectories', 'TrajectoryMatching',
-           'train_from_scratch', 'protocol', 'with_score', 'score_again', 'check_condenser', 'default_iterations',
-           'make_condensed', 'condense', 'provenance', 'find_pair', 'describe_content', 'read_published',
-           'nearest_statistics', 'published_statistics', 'share_in_unit_range', 'detect_normalisation', 'denormalise',
-           'numbered_classes', 'label_agreement', 'check_class_order', 'published_labels', 'published_set',
-           'load_condensed', 'soft_labels']
+           'train_from_scratch', 'protocol', 'with_score', 'check_score', 'score_again', 'check_condenser',
+           'default_iterations', 'make_condensed', 'condense', 'provenance', 'find_pair', 'describe_content',
+           'read_published', 'nearest_statistics', 'published_statistics', 'share_in_unit_range',
+           'detect_normalisation', 'denormalise', 'numbered_classes', 'label_agreement', 'check_class_order',
+           'published_labels', 'published_set', 'load_condensed', 'soft_labels']
 
 # %% ../nbs/04_condensation.ipynb #cell-02
 import re
@@ -628,12 +628,18 @@ def with_score(
     return replace(condensed, provenance=notes)
 
 # %% ../nbs/04_condensation.ipynb #score-3
-def score_again(condensed: ImageSet, test: ImageSet, fabric: Fabric | None = None) -> list[float]:
-    "What a set with a score scores now, by its own protocol: percent, one for each of its seeds."
+def check_score(condensed: ImageSet) -> dict:
+    "The provenance of a set with a score; any other set is refused."
     notes = condensed.provenance
     if "score" not in notes:
         what = "it must be a set with a score, which run_condense saves"
         invalid("verify", notes.get("method", "a set"), what)
+    return notes
+
+
+def score_again(condensed: ImageSet, test: ImageSet, fabric: Fabric | None = None) -> list[float]:
+    "What a set with a score scores now, by its own protocol: percent, one for each of its seeds."
+    notes = check_score(condensed)
     schedule = Schedule(**{field.name: notes["evaluation"][field.name] for field in fields(Schedule)})
     seeds, network = notes["score"]["seeds"], notes["evaluation"]["network"]
     return train_from_scratch(condensed, test, seeds, network, schedule, fabric)
@@ -733,16 +739,16 @@ def describe_content(content: Any) -> str:
     return f"one {type(content).__name__}"
 
 # %% ../nbs/04_condensation.ipynb #read-torch
-def read_published(path: Path) -> tuple[Float[Tensor, "n c h w"], Tensor]:
+def read_published(path: Path, parameter: str = "condenser") -> tuple[Float[Tensor, "n c h w"], Tensor]:
     "Images and labels (hard or soft) of a published file; a `ValueError` that says what it holds instead."
-    read = partial(load_torch, parameter="condenser", instead="only tensors and numbers are read")
+    read = partial(load_torch, parameter=parameter, instead="only tensors and numbers are read")
     content = read(path)
     beside = path.with_name(re.sub("^images(_zca)?_", "labels_", path.name))
     if isinstance(content, Tensor) and beside != path and beside.exists():
         content = [content, read(beside)]
     if (pair := find_pair(content)) is None:
         wanted = "a pair of images (n x c x h x w) and their n labels, or images_*.pt beside labels_*.pt"
-        invalid("condenser", path.name, f"it holds {describe_content(content)}: wanted is {wanted}")
+        invalid(parameter, path.name, f"it holds {describe_content(content)}: wanted is {wanted}")
     return pair
 
 # %% ../nbs/04_condensation.ipynb #cell-76
@@ -804,6 +810,9 @@ def denormalise(
         invalid("normalisation", asked, f"{old}; {new}")
     undone = images
     if how == "zca":
+        if not len(train):
+            advice = "it cannot be undone without the training images: give dataset, or a set in [0, 1]"
+            invalid("normalisation", how, advice)
         undone = Whitening.of(train.to("cpu")).undo(images)
     elif how != "none":
         mean, std = published_statistics(how, train)
@@ -850,31 +859,31 @@ def check_class_order(name: str, condensed: ImageSet, train: ImageSet) -> dict[s
     return {"published": agreement, "real": real, "chance": chance}
 
 # %% ../nbs/04_condensation.ipynb #cell-84
-def published_labels(name: str, labels: Tensor, train: ImageSet) -> Tensor:
+def published_labels(name: str, labels: Tensor, train: ImageSet, parameter: str = "condenser") -> Tensor:
     "Labels of a published file as those of `train`'s classes; what cannot be that is refused."
     soft, k, order = labels.is_floating_point(), train.num_classes, numbered_classes(train.classes)
     if labels.shape[1:] != ((k,) if soft else ()) or (not soft and not 0 <= labels.min() <= labels.max() < k):
-        invalid("condenser", name, f"its labels must be those of dataset's {k} classes")
+        invalid(parameter, name, f"its labels must be those of dataset's {k} classes")
     if not soft:
         return torch.tensor(order)[labels.long()]
     return torch.empty_like(labels.float()).index_copy_(1, torch.tensor(order), labels.float())
 
 # %% ../nbs/04_condensation.ipynb #cell-84c
-def published_set(path: Path, train: ImageSet, normalisation: str) -> ImageSet:
+def published_set(path: Path, train: ImageSet, normalisation: str, parameter: str = "condenser") -> ImageSet:
     "A published file as a set like `train`: what does not fit it is refused."
-    images, labels = read_published(path)
+    images, labels = read_published(path, parameter)
     shape = "x".join(map(str, images.shape))
     if images.shape[1:] != (train.channels, train.size, train.size):
         wanted = f"the {train.channels} channels and {train.size} px of dataset"
-        invalid("condenser", path.name, f"its images, {shape}, must have {wanted}")
-    labels = published_labels(path.name, labels, train)
+        invalid(parameter, path.name, f"its images, {shape}, must have {wanted}")
+    labels = published_labels(path.name, labels, train, parameter)
     images = images / 255 if images.dtype == torch.uint8 else images.float()
     images, how = denormalise(images, train, normalisation)
     notes = {"method": "published", "file": path.name, "normalisation": how}
     try:
         condensed = replace(train, images=images, labels=labels, provenance=notes)
     except ValueError as error:
-        invalid("condenser", path.name, f"it holds no set that can be used: its {error}")
+        invalid(parameter, path.name, f"it holds no set that can be used: its {error}")
     if len(train):
         notes["label agreement"] = check_class_order(path.name, condensed, train)
     return condensed
@@ -884,19 +893,20 @@ def load_condensed(
     path: Path | str,  # a set saved here, or a published file of torch
     train: ImageSet,  # what it was condensed from: gives classes and normalisation of a published file
     normalisation: str = "auto",  # of a published file, see `denormalise`
+    parameter: str = "condenser",  # what the user calls it
 ) -> ImageSet:
     "A condensed set from a file, with images in [0, 1]; any other file is refused."
     path = Path(path)
     if not path.is_file():
-        invalid("condenser", str(path), "no such file exists")
+        invalid(parameter, str(path), "no such file exists")
     if file_kind(path) == "weights":
-        return published_set(path, train, normalisation)
+        return published_set(path, train, normalisation, parameter)
     try:
         return ImageSet.load(path)
     except ValueError as error:
         problem = str(error)
     wanted = "it must be a set that this library saved, or a published file of torch"
-    invalid("condenser", path.name, f"{wanted} ({problem})")
+    invalid(parameter, path.name, f"{wanted} ({problem})")
 
 # %% ../nbs/04_condensation.ipynb #cell-93
 def soft_labels(images: ImageSet, teacher: Classifier, fabric: Fabric, temperature: float = 1.0) -> ImageSet:

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'INSTALLED', 'TORCHVISION', 'NAMES', 'check_statistics', 'ImageSet', 'pack', 'unpack', 'load_set',
-           'show_images', 'validation_split', 'random_per_class', 'rank_within', 'Splits', 'Layout', 'find_layout',
-           'annotate', 'Assignment', 'assign_splits', 'class_names', 'check_pairs', 'describe_left_out',
+           'show_images', 'validation_split', 'random_per_class', 'rank_within', 'Splits', 'Layout', 'part_names',
+           'find_layout', 'annotate', 'Assignment', 'assign_splits', 'class_names', 'check_pairs', 'describe_left_out',
            'channel_statistics', 'make_splits', 'vision_entries', 'known_dataset', 'load_splits', 'load_images']
 
 # %% ../nbs/00_data.ipynb #cell-02
 import functools
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -287,26 +288,42 @@ class Layout:
     "Which folder of a path names the part, and which the class."
 
     depth: int  # of the part's folder, or of the class folder if there are no parts
-    has_parts: bool
+    parts: dict[str, str] = field(default_factory=dict)  # which one a folder is, as in PARTS
 
     def place(self, path: Parts) -> tuple[str, str]:
         "(part, class) of an image; the class is empty outside of class folders, and both outside of parts."
-        if not self.has_parts:
+        if not self.parts:
             return ("train", path[self.depth]) if len(path) > self.depth + 1 else ("", "")
-        part = PARTS.get(path[self.depth].lower(), "") if len(path) > self.depth + 1 else ""
+        part = self.parts.get(path[self.depth], "") if len(path) > self.depth + 1 else ""
         return part, path[self.depth + 1] if part and len(path) > self.depth + 2 else ""
+
+# %% ../nbs/00_data.ipynb #parts-2
+def part_names(holders: set[str]) -> dict[str, str]:
+    "Which part each folder is, if one is for training: by its name, else by a word of each name."
+    exact = {name: PARTS[name.lower()] for name in holders if name.lower() in PARTS}
+    words = {name: PARTS.keys() & re.split(r"[-_. ]", name.lower()) for name in holders}
+    loose = {name: PARTS[min(found)] for name, found in words.items() if found}
+    named = exact if "train" in exact.values() else loose if len(loose) == len(holders) else {}
+    return named if "train" in named.values() else {}
 
 # %% ../nbs/00_data.ipynb #cell-a90604
 def find_layout(paths: Sequence[Parts]) -> Layout:
     "The layout that the folders have."
     for depth in (0, 1):
-        if any(len(p) > depth + 2 and PARTS.get(p[depth].lower()) == "train" for p in paths):
-            return Layout(depth, True)
+        inside = [p for p in paths if len(p) > depth + 2]
+        parts, doubled = part_names({p[depth] for p in inside}), all(p[depth + 1] == p[depth] for p in inside)
+        if parts and not doubled:  # of train/train/<class>/ the inner one
+            outside = {p[depth] for p in paths if len(p) == depth + 2 and p[depth].lower() in PARTS}
+            return Layout(depth, parts | {name: PARTS[name.lower()] for name in outside - parts.keys()})
     tops = {p[0] for p in paths if len(p) > 1}
     if tops and all(name.lower() in PARTS for name in tops):
         problem = f"there are no class folders in {' and '.join(sorted(tops))}"
         raise DataError(f"{problem}: what is read are {WHAT_IS_READ}")
-    return Layout(int(len(tops) == 1 and any(len(p) > 2 for p in paths)), False)
+    layout = Layout(int(len(tops) == 1 and any(len(p) > 2 for p in paths)))
+    within = {p[layout.depth + 1].lower() for p in paths if len(p) > layout.depth + 2}
+    if "train" in within and within <= PARTS.keys():
+        raise DataError("train/ must hold the class folders; here the class folders hold train/")
+    return layout
 
 # %% ../nbs/00_data.ipynb #cell-32
 def annotate(

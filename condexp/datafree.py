@@ -27,12 +27,12 @@ from .inversion import INVERSIONS
 from .kd import Distillation, MethodResult, StudentTraining, SyntheticSet, distil, teacher_set
 from .models import Classifier, check_model, fingerprint, freeze, make_classifier
 from .parameters import RunDatafree
-from .runs import as_teacher_takes, given_set, read_teacher
+from .runs import as_teacher_takes, check_every_class, given_set, read_teacher
 from .scores import PROXY, predict_measures, proxy_agreement, rank_sources, score
 from .shaders import gl_context
 from .sources import SOURCES
 from .training import make_fabric, on_device, precision_of
-from .transfer import imageset_like, transfer_set
+from .transfer import imageset_like, probe_method, transfer_set
 
 # %% ../nbs/16_datafree.ipynb #df-05
 USUAL = ("fast", "nayer", "single_image", "shaders", "leaves", "noise", "photographs")  # where nobody chooses
@@ -113,7 +113,7 @@ def small_sets(
     sources: dict[str, ImageSource], teacher: Classifier, fabric: Fabric, seed: int, count: int = 300
 ) -> dict[str, ImageSet]:
     "A small set of each source; one that shows nothing is left out, with a warning."
-    made = {}
+    made, count = {}, max(count, 2 * len(teacher.spec.classes))
     for name in progress(list(sources), "a small set of each source"):
         try:
             made[name] = make_set(sources[name], teacher, count, seed, fabric)
@@ -254,7 +254,10 @@ def open_job(run: RunDatafree) -> Job:
         check_model("student", run.student, spec.channels, spec.size)
     photographs = load_images(run.photographs, spec.size, "photographs") if run.photographs else None
     few = on_device(given_set(run.few, empty, parameter="few"), fabric) if run.few else None
+    if few:
+        check_every_class(few, "few", run.few)
     sources = open_sources(["fast"] if few else run.sources, photographs)
+    probe_method([source.inversion for source in sources.values() if source.inversion], "sources")
     test = as_teacher_takes(load_splits(run.dataset, spec.size), spec).test if run.dataset else None
     if test is not None and test.classes != spec.classes:
         some = ", ".join(spec.classes[:5])
@@ -365,4 +368,5 @@ def card_record(record: dict) -> dict:
     "A record as `exports.model_card` takes it: one number where the record has one a set."
     one = lambda values: next(iter(values.values()), None)
     plain = {name: one(record[name]) for name in ("accuracy", "images", "steps")}
-    return record | plain | {"sources": record["predicted"], "probe": record["probe"].removeprefix("probe ")}
+    probe = f"{record['test_images']:,} {record['probe'].removeprefix('probe ').replace(',', '')}"
+    return record | plain | {"sources": record["predicted"], "probe": probe}

@@ -267,6 +267,9 @@ def agreement_words(record: dict[str, Any]) -> str:
     low, high = record["interval"]
     words = f"Student and teacher name the same class for **{record['agreement']:.1f} %** of the probe, "
     words += f"{record['probe']} (95 % interval {low:.1f} to {high:.1f})."
+    if (blends := record.get("blend_agreement")) is not None:
+        words += f" They do for {blends:.1f} % of blends of two of them. Expect the lower number or less"
+        words += " on real images."
     if record.get("accuracy") is not None:
         words += f" On real test images the student's accuracy is **{record['accuracy']:.1f} %**"
         teacher = record.get("teacher_accuracy")

@@ -38,7 +38,7 @@ from .inversion import Inverter, batchnorm_layers, inversion_recipe, suited
 from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier
 from .models import save_classifier
 from .training import Schedule, Stream, accuracy, captured, check_devices, check_finite, fixed_subset
-from .training import on_device, on_devices, onecycle, precision_of
+from .training import fresh_scale, on_device, on_devices, onecycle, precision_of
 from .training import predict, resume, seeded, snapshot
 
 # %% ../nbs/07_kd.ipynb #cell-05
@@ -207,6 +207,12 @@ class Distillation:
         inversion_recipe(self.inversion, self.term_weights)
         alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
 
+    @property
+    def kept_warmup(self) -> int:
+        "Batches of the warm-up that join the synthetic set: only a generator that learns makes some."
+        learns = inversion_recipe(self.inversion, self.term_weights).synthesizer.func.learns
+        return self.warmup if self.keep_warmup and learns else 0
+
     def cache_key(self, method: Method) -> dict:
         "The settings that `method` reads; inversion and alignment by what they are, not by name alone."
         unread = () if method.pool else GROWTH
@@ -222,6 +228,8 @@ class Distillation:
         if method.aligned:
             chosen = alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
             read["alignment"] = asdict(chosen)
+        if method.pool == "real" and self.kept_warmup:
+            read["kept_warmup"] = self.kept_warmup
         return read
 
 # %% ../nbs/07_kd.ipynb #bs-02
@@ -329,7 +337,7 @@ class StudentTraining:
         optimizer, self.scheduler = onecycle(student, schedule)
         self.student, self.optimizer = fabric.setup(student, optimizer)
         self.parts = {"student": student, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        self.parts |= {"student stream": self.stream, "scaler": fabric._precision}
+        self.parts |= {"student stream": self.stream, "scaler": fresh_scale(fabric)}
         once = settings.batches == "proportional" and not settings.batch_statistics  # an equal pass a step
         networks = (self.student if several else student).train(), teacher
         self.passes = [captured(n, settings.batch_size, fabric, once and not several) for n in networks]
@@ -417,7 +425,7 @@ class Synthesis:
         batches = self.settings.warmup if self.inverter.synthesizer.learns else 0
         for _ in progress(range(batches), "warming the generator up", leave=False):
             made = self.batch(after_warmup=False)
-            if self.settings.keep_warmup and images is not None:
+            if self.settings.kept_warmup and images is not None:
                 images.add(*made)
 
     def extend(self, images: SyntheticSet, epoch: int) -> dict:
@@ -437,26 +445,33 @@ class RealImages:
     "Real images in the place of synthetic ones, as many: what no inversion can be expected to exceed."
 
     def __init__(self, settings: Distillation, real: ImageSet, seed: int):
-        self.each, self.real = settings.batches_per_epoch * settings.synthesis_batch, real
+        self.settings, self.real = settings, real
         self.order = torch.randperm(len(real), generator=torch.Generator().manual_seed(seed))
         self.parts, self.notes = {}, []
 
-    def warm_up(self, images: SyntheticSet) -> None:
-        "There is nothing to learn."
-
-    def extend(self, images: SyntheticSet, epoch: int) -> dict:
-        "Add an epoch's images; from the beginning again when all were there."
-        places = torch.arange(epoch * self.each, (epoch + 1) * self.each) % len(self.real)
+    def add(self, images: SyntheticSet, start: int, batches: int) -> None:
+        "Add some batches, from a place in batches on; from the beginning again when all images were there."
+        size = self.settings.synthesis_batch
+        places = torch.arange(start * size, (start + batches) * size) % len(self.real)
         part = self.real.subset(self.order[places].to(self.real.images.device))
         images.add(part.images, part.hard_labels)
+
+    def warm_up(self, images: SyntheticSet) -> None:
+        "There is nothing to learn, but the inverted set may keep what its generator makes meanwhile."
+        self.add(images, 0, self.settings.kept_warmup)
+
+    def extend(self, images: SyntheticSet, epoch: int) -> dict:
+        "Add an epoch's images."
+        start = self.settings.kept_warmup + epoch * self.settings.batches_per_epoch
+        self.add(images, start, self.settings.batches_per_epoch)
         return {}
 
 # %% ../nbs/07_kd.ipynb #mmd-1
-def check_alignment(settings: Distillation, classes: int) -> None:
+def check_alignment(settings: Distillation, classes: int, parameter: str = "alignment") -> None:
     "Refuse alignment by MMD where no batch of images has a class twice."
     if settings.alignment == "mmd" and (n := settings.synthesis_batch) <= classes:
         reason = f"it compares images of one class, and a batch of {n} has none twice of {classes} classes"
-        invalid("alignment", settings.alignment, reason)
+        invalid(parameter, settings.alignment, f"{reason}: take another, such as conditional")
 
 # %% ../nbs/07_kd.ipynb #cell-0ef107
 def make_synthesis(
@@ -501,7 +516,7 @@ class Distiller:
     ):
         self.settings, self.fabric, self.history, self.synthesis = settings, fabric, [], None
         transfer = None if transfer is None else on_device(transfer, fabric)
-        made = settings.epochs * settings.batches_per_epoch + settings.keep_warmup * settings.warmup
+        made = settings.epochs * settings.batches_per_epoch + settings.kept_warmup
         room = made * settings.synthesis_batch if method.pool else 0
         self.images = SyntheticSet(teacher_set(teacher, fabric), transfer, room)
         self.training = StudentTraining(student, teacher, settings, fabric, seed)

@@ -58,7 +58,7 @@ def positive(name: str, value) -> float:
     "`value` if it is a positive number."
     if type(value) not in (int, float) or not 0 < value < math.inf:
         invalid(name, value, "it must be a positive number")
-    return value
+    return float(value)
 
 # %% ../nbs/12_parameters.ipynb #cell-cc6d53
 def choice(options) -> Check:
@@ -91,7 +91,7 @@ def weight(name: str, value) -> float | None:
     "A number of at least 0, or None."
     if value is not None and (type(value) not in (int, float) or not 0 <= value < math.inf):
         invalid(name, value, "it must be a number of at least 0")
-    return value
+    return None if value is None else float(value)
 
 # %% ../nbs/12_parameters.ipynb #cell-11
 def writable(name: str, path: Path, folder: bool) -> None:
@@ -269,7 +269,7 @@ class Run(Parameters):
     def check_without_data(self) -> None:
         "Refuse what data would be needed for."
         if not self.without_data:
-            invalid("dataset", "", "it must be a text")
+            invalid("dataset", "", "it must be a data set's name, or a path")
         if not self.teacher.endswith(".safetensors"):
             invalid("dataset", "", "without data the teacher must be a .safetensors file")
         check_choice("evaluate", getattr(self, "evaluate", "test"), EVALUATE[:1])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NO_DATA', 'open_run', 'check_networks', 'read_teacher', 'as_teacher_takes', 'no_data', 'with_probe', 'truncate',
            'open_teacher', 'validation_splits', 'score_entries', 'given_set', 'read_condensed', 'condensed_set',
-           'resolve_ipc', 'describe_teacher', 'method_sources', 'transfer_source', 'real_source', 'saved_set',
-           'part_of', 'related_words', 'open_transfer', 'make_transfer_set', 'set_name', 'overlap_lines',
+           'check_every_class', 'resolve_ipc', 'describe_teacher', 'method_sources', 'transfer_source', 'real_source',
+           'saved_set', 'part_of', 'related_words', 'open_transfer', 'make_transfer_set', 'set_name', 'overlap_lines',
            'set_distillation', 'check_targets', 'make_attacked', 'make_control', 'distillation', 'teacher_schedule',
            'evaluation_schedule', 'save_outputs']
 
@@ -218,7 +218,7 @@ def given_set(
 def read_condensed(path: str, train: ImageSet, normalisation: str, parameter: str) -> ImageSet:
     "The set in a file, or the few real images in a folder of class folders, in `train`'s order."
     if not Path(path).is_dir():
-        return load_condensed(path, train, normalisation)
+        return load_condensed(path, train, normalisation, parameter)
     images = load_images(path, train.size, parameter)
     return replace(_fitted(images, train), mean=train.mean, std=train.std)
 
@@ -229,15 +229,27 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
         return condense(run.condenser, train, run.ipc, run.seed, iterations, fabric)
     return on_device(given_set(run.condenser, train, run.normalisation), fabric)
 
+# %% ../nbs/13_runs.ipynb #every-2
+def check_every_class(given: ImageSet, parameter: str, path: str) -> None:
+    "Refuse a set that lacks a class."
+    if lacks := [name for name, count in zip(given.classes, given.counts, strict=True) if not count]:
+        few = ", ".join(lacks[:3]) + (", ..." if len(lacks) > 3 else "")
+        invalid(parameter, Path(path).name, f"it must hold an image of each class, and it lacks {few}")
+
 # %% ../nbs/13_runs.ipynb #cell-52
 def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what comes back
     "The run with the images per class that it will have (of a file, what it holds), or a refusal."
-    if run.condenser in CONDENSERS:
+    arms = [METHODS[name] for name in getattr(run, "arms", ["expanded"])]
+    if not any(arm.source == "condensed" for arm in arms):
+        pass  # nobody asks for the condenser
+    elif run.condenser in CONDENSERS:
         check_condenser(run.condenser, train, run.ipc, getattr(run, "iterations", 0))
     else:
         given = given_set(run.condenser, train, run.normalisation)
+        if any(arm.aligned for arm in arms):
+            check_every_class(given, "condenser", run.condenser)
         run = replace(run, ipc=max(1, len(given) // train.num_classes))
-    if "random" in getattr(run, "arms", ()):
+    if any(arm.source == "random" for arm in arms):
         check_condenser("random", train, run.ipc, 0)
     return run
 
@@ -433,7 +445,7 @@ def distillation(run: RunDistil, train: ImageSet, alignment: str = "auto") -> Di
         keep_warmup=run.keep_warmup,
         devices=getattr(run, "devices", 1),
     )
-    check_alignment(settings, train.num_classes)
+    check_alignment(settings, train.num_classes, "alignments" if hasattr(run, "alignments") else "alignment")
     return settings
 
 # %% ../nbs/13_runs.ipynb #cell-67

@@ -228,6 +228,11 @@ class InvertedImages:
             self.warm = True
         return as_bytes(self.synthesis.batch(after_warmup=False)[0]).cpu()
 
+    @property
+    def notes(self) -> list[str]:
+        "What the inversion could not do with this teacher."
+        return self.synthesis.notes
+
     def state_dict(self) -> dict:
         "Where the stream stands, as tensors and plain values."
         return {name: part.state_dict() for name, part in self.synthesis.parts.items()} | {"warm": self.warm}

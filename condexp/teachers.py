@@ -608,7 +608,8 @@ def _classes(asked: tuple[str, ...], own: tuple[str, ...], outputs: int) -> tupl
     if asked or len(own) == outputs:
         return asked or own, []
     said = f"the file names {len(own)} classes, and the last layer has {outputs} outputs: " if own else ""
-    return tuple(map(str, range(outputs))), [f"{said}classes are numbers"]
+    numbers = f"{said}classes are numbers, so images are not mirrored: give `classes` unless they are digits"
+    return tuple(map(str, range(outputs))), [numbers]
 
 # %% ../nbs/14_teachers.ipynb #cell-4153c0
 def _normalisation(mean: Any, std: Any, spec: dict, channels: int) -> tuple:

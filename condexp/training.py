@@ -6,8 +6,8 @@
 __all__ = ['DEVICES', 'PRECISIONS', 'CUDA_ONLY', 'FP16_SCALE', 'bf16_on_cpu', 'automatic_precision', 'make_fabric',
            'precision_of', 'on_device', 'scaled_backward', 'rng_state', 'set_rng_state', 'seeded', 'Stream', 'Schedule',
            'default_schedule', 'onecycle', 'predict', 'accuracy', 'wilson', 'epoch_order', 'check_finite', 'fit_epoch',
-           'snapshot', 'resume', 'captured', 'check_devices', 'on_devices', 'fit', 'fixed_indices', 'fixed_subset',
-           'train_classifier']
+           'snapshot', 'resume', 'fresh_scale', 'captured', 'check_devices', 'on_devices', 'fit', 'fixed_indices',
+           'fixed_subset', 'train_classifier']
 
 # %% ../nbs/03_training.ipynb #cell-02
 import hashlib
@@ -307,6 +307,13 @@ def resume(checkpoint: Checkpoint, parts: dict[str, Any]) -> dict:
     set_rng_state(state["rng"])
     return state
 
+# %% ../nbs/03_training.ipynb #scale-2
+def fresh_scale(fabric: Fabric):  # what a checkpoint keeps of it
+    "Fabric's precision, its loss scale in fp16 as at the beginning."
+    if scaler := getattr(fabric._precision, "scaler", None):
+        scaler.load_state_dict(torch.amp.GradScaler(scaler._device).state_dict())
+    return fabric._precision
+
 # %% ../nbs/03_training.ipynb #graphs-2
 class _Pass(nn.Module):
     "A network in the precision it computes in; its logits are float32."
@@ -399,7 +406,7 @@ def fit(
     images = on_device(images, fabric)
     optimizer, scheduler = onecycle(model.to(fabric.device, memory_format=torch.channels_last), schedule)
     _, optimizer = fabric.setup(model, optimizer)
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": fabric._precision}
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": fresh_scale(fabric)}
     history = resume(checkpoint, parts).get("history", [])
     network = captured(model.train(), schedule.batch_size, fabric)
 

@@ -68,16 +68,18 @@ def quotas(
     count: int,  # images altogether
     classes: int,
     sampling: str,  # one of SAMPLINGS
-    seed: int,  # of which classes are rare in a long tail
+    seed: int,  # of which classes are rare in a long tail, or have one more
 ) -> Int[Tensor, " k"]:
-    "How many images of each predicted class are wanted."
+    "How many images of each predicted class are wanted, at most."
     if sampling == "none":
         return torch.full((classes,), count)
+    if sampling == "uniform" and count < classes:
+        return torch.ones(classes, dtype=torch.long)  # of whichever come first
     share = torch.logspace(0, -1 if sampling == "longtail" else 0, classes, dtype=torch.double)
     room = (count * share / share.sum()).floor().long()
     room[: count - int(room.sum())] += 1
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
-    return room[order] if sampling == "longtail" else room
+    return room[order]
 
 # %% ../nbs/08_transfer.ipynb #tra-10
 @dataclass
@@ -349,12 +351,16 @@ def transfer_set(
     key = dict(origin=key, settings=settings, teacher=fingerprint(teacher), precision=precision_of(fabric))
 
     def compute(checkpoint: Checkpoint) -> ImageSet:
-        made = filtered(begin(), teacher, settings, fabric, checkpoint)
-        return replace(made, provenance=made.provenance | origin | asdict(settings))
+        stream = begin()
+        made = filtered(stream, teacher, settings, fabric, checkpoint)
+        about = origin | asdict(settings) | {"notes": getattr(stream, "notes", [])}
+        return replace(made, provenance=made.provenance | about)
 
     made = cached("transfer", key, compute, lambda path, images: images.save(path), ImageSet.load)
     given = source.provenance if isinstance(source, ImageSet) else {}
     made = replace(made, provenance=given | made.provenance)
+    for note in made.provenance.get("notes", []):
+        warnings.warn(note, stacklevel=2)
     warn_of_gaps(made, settings)
     return made
 
@@ -396,22 +402,22 @@ def inversions_of(images: ImageSet) -> list[str]:
     return [about["inversion"] for about in _made_by(images) if about.get("inversion")]
 
 
-def probe_method(used: Collection[str] = ()) -> str:
+def probe_method(used: Collection[str] = (), parameter: str = "inversion") -> str:
     "The inversion method of a probe: the first of `PROBES` that made no image to learn from."
     families = {name.split("_")[0] for name in used}  # `fast_published` is of Fast's
     if left := [name for name in PROBES if name not in families]:
         return left[0]
-    invalid("inversion", ", ".join(used), f"one of {', '.join(PROBES)} must be left to make the probe")
+    invalid(parameter, ", ".join(used), f"one of {', '.join(PROBES)} must be left to make the probe")
 
 # %% ../nbs/08_transfer.ipynb #tra-49g
 def probe_set(
     teacher: Classifier,  # on the fabric's device
     fabric: Fabric,
     used: Collection[str] = (),  # inversion methods that made images to learn from
-    count: int = 300,
+    count: int = 300,  # at least two for each class
 ) -> ImageSet:  # labelled by the teacher, evenly over its classes as far as it sees them
     "Images to compare a student with its teacher on; their seed and method are their own."
-    method = probe_method(used)
+    method, count = probe_method(used), max(count, 2 * len(teacher.spec.classes))
     own = dict(inversion=method) | PROBES[method]
     probe = transfer_set("inversion", teacher, count, PROBE_SEED, fabric, budget=1.2, **own)
     about = {"dataset": f"probe images, inverted by {method}", "labels": "teacher"}

@@ -16,10 +16,10 @@ from PIL import Image
 
 from condexp.cache import cache_dir, load_tensors, save_tensors
 from condexp.data import load_splits
-from condexp.datafree import open_job
+from condexp.datafree import open_job, open_sources
 from condexp.models import make_classifier, save_classifier
 from condexp.parameters import RunAlignment, RunBoundary, RunCondense, RunDatafree, RunImport, RunKD, RunQuality
-from condexp.parameters import RunSurrogate, RunTeacher, parameters
+from condexp.parameters import RunPredict, RunSurrogate, RunTeacher, parameters
 from condexp.runs import open_run, open_teacher, resolve_ipc, transfer_source
 from condexp.teachers import import_teacher
 
@@ -33,6 +33,7 @@ KINDS = {
     "run_boundary": RunBoundary,
     "run_import": RunImport,
     "run_datafree": RunDatafree,
+    "run_predict": RunPredict,
 }
 NEEDED = {"run_import": "weights", "run_datafree": "teacher"}  # parameters without a default that works: a file
 WITHOUT_GL = {"run_surrogate": {"backend": "torch"}, "run_quality": {"backend": "torch"}}  # OpenGL may not be there
@@ -62,6 +63,8 @@ def begin(notebook, **given):
     if notebook == "run_datafree":
         return open_job(run)
     fabric, splits = open_run(run)
+    if notebook == "run_predict":
+        open_sources(run.sources, None)
     if hasattr(run, "ipc"):
         resolve_ipc(run, splits.train)
     if hasattr(run, "surrogate"):
@@ -202,6 +205,11 @@ def test_what_is_not_read_beside_a_few_labelled_images_is_refused(name, tmp_path
     given = {"sources": "nayer", "photographs": str(tmp_path)}[name]
     with pytest.raises(ValueError, match=f"{name} is .*, but with a few labelled images"):
         begin("run_datafree", few=str(tmp_path), output=str(tmp_path), **{name: given})
+
+
+@pytest.mark.parametrize("notebook", ["run_predict", "run_datafree"])
+def test_a_source_that_there_is_not_is_refused(notebook):
+    refused(notebook, "sources", "shaderz")
 
 
 @pytest.mark.parametrize("value", [0, -4, "hot", float("nan")])

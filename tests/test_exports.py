@@ -197,6 +197,7 @@ def test_the_card_tells_agreement_and_accuracy_only_if_there_is_one(student, mad
     assert "accuracy" not in card.replace(LIMITS[0], "") and LIMITS[0].startswith("Agreement is not accuracy")
     for told in ("weights.pth", "2,000 images (source: inversion), in 500 steps", "inversion 31 s", "cat, dog, owl", "mean 0.4"):
         assert told in card
+    assert "83.7 % of blends of two" in card_of(student, made[1], blend_agreement=83.7) and "blends" not in card
     assert card.index("| inversion | 91.5 |") < card.index("| leaves | 60 |")
     measured = card_of(student, made[1], accuracy=97.04, teacher_accuracy=99.4)
     assert "the student's accuracy is **97.0 %**, the teacher's 99.4 %." in measured
