@@ -257,9 +257,13 @@ def best_baseline(
 # %% ../nbs/11_records.ipynb #cell-e4f82f
 def describe_scale(table: pd.DataFrame) -> list[str]:
     "At what scale the records of a table were made: a line for each data set, size and schedule."
-    seeds = table.groupby(["dataset", "size", "schedule"], sort=False).seed.nunique()
-    at = lambda size: f" at {size:g} px" if size else ""
-    return [f"`{name}`{at(size)}, {schedule}, {n} seeds" for (name, size, schedule), n in seeds.items()]
+    lines = []
+    for (name, size, schedule), part in table.groupby(["dataset", "size", "schedule"], sort=False):
+        low, high = part.teacher_accuracy.min(), part.teacher_accuracy.max()
+        teachers = f", teachers of {low:.1f} to {high:.1f} %" if high - low >= 0.1 else ""
+        at = f" at {size:g} px" if size else ""
+        lines.append(f"`{name}`{at}, {schedule}, {part.seed.nunique()} seeds{teachers}")
+    return lines
 
 # %% ../nbs/11_records.ipynb #cell-23
 def paired_table(
