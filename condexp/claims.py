@@ -253,7 +253,7 @@ BEST = [
     Claim("A6", MTT, "Fast", _WITH_MTT, _WITH_DM, None, "paper_a_condensation", FULL),
     Claim("A6", MTT, "Fast, MNIST", _MTT_DIGITS, _DM_DIGITS, None, "paper_first_run", _FULL_DIGITS),
 ]
-ALONE = "condensed images teach more than random real ones, each alone (neither paper's)"
+ALONE = "condensed images alone beat random ones (ours)"
 _SETS = {"DM": "kd-fast-wrn-dm10-*", "DSA": "kd-fast-wrn-dsa10-*", "MTT": "kd-fast-wrn-mtt10-*", "DM, MNIST": "first-run-*"}
 BEST += [
     of_arms("A6", ALONE, of, files, "condensed", "random", None, "paper_a_condensation")
@@ -361,8 +361,8 @@ B7 += [longer("WRN teacher, 20 to 100 epochs", "longer-{}-*", "surrogate-{}-*")]
 
 # %% ../nbs/17_claims.ipynb #b8-2
 FROM_BOUNDARY = {  # a third of a set, by the teacher's margin
-    "middle": "medium-margin images beat ones near a boundary (neither paper's)",
-    "high": "large-margin images beat ones near a boundary (neither paper's)",
+    "middle": "medium-margin images beat low-margin ones (ours)",
+    "high": "large-margin images beat low-margin ones (ours)",
 }
 
 

@@ -210,7 +210,8 @@ class Distillation:
     @property
     def kept_warmup(self) -> int:
         "Batches of the warm-up that join the synthetic set: only a generator that learns makes some."
-        learns = inversion_recipe(self.inversion, self.term_weights).synthesizer.func.learns
+        maker = inversion_recipe(self.inversion, self.term_weights).synthesizer
+        learns = getattr(getattr(maker, "func", maker), "learns", False)  # of a partial, or a class
         return self.warmup if self.keep_warmup and learns else 0
 
     def cache_key(self, method: Method) -> dict:
