@@ -166,7 +166,8 @@ A1 += of_two_terms("A1", MIXING, "mixed", "inversion", 1.95)
 # %% ../nbs/17_claims.ipynb #a2-2
 ALIGNING, DISCRIMINATOR = "feature alignment helps beyond mixing", "paper_a_discriminator"
 ORACLES = {bench: Runs(f"trial-{bench}-ipc10-*", "oracle") for bench in TRIALS}
-FULL, EARLIER = (Runs(f"kd-{m}-wrn-dm10-*", "full") for m in ("fast", "pre_dfkd"))  # of two trainings of the teacher
+# the student of all real images, of two trainings of the teacher
+FULL, EARLIER = (Runs(f"kd-{m}-wrn-dm10-*", "full") for m in ("fast", "pre_dfkd"))
 CHOSEN = {  # alignment, files, ceiling
     "Fast": ("conditional (0.3)", "alignment-ipc10-*", FULL),
     BN: ("conditional (0.3)", "alignment-fast_bn0-*", EARLIER),
@@ -230,7 +231,8 @@ KINDS = {  # claim, what the few images are, files of photographs, their page
     "dsa": ("A6", "with DSA's images", "kd-fast-wrn-dsa10-*", "paper_a_condensation"),
     "few": ("A7", "with a few real images", "kd-fast-wrn-random10-*", "paper_a_few_shot"),
 }
-SINGLE = {"mtt": "kd-fast-wrn-mtt1-*", "dsa": "kd-fast-wrn-dsa1-*", "few": "kd-fast-wrn-random1-*"}  # of each class
+SINGLE = dict(mtt="mtt1", dsa="dsa1", few="random1")  # of each class
+SINGLE = {kind: f"kd-fast-wrn-{made}-*" for kind, made in SINGLE.items()}
 
 
 def few_images(kind: str) -> Iterable[Claim]:
@@ -254,7 +256,7 @@ BEST = [
     Claim("A6", MTT, "Fast, MNIST", _MTT_DIGITS, _DM_DIGITS, None, "paper_first_run", _FULL_DIGITS),
 ]
 ALONE = "condensed images alone beat random ones (ours)"
-_SETS = {"DM": "kd-fast-wrn-dm10-*", "DSA": "kd-fast-wrn-dsa10-*", "MTT": "kd-fast-wrn-mtt10-*", "DM, MNIST": "first-run-*"}
+_SETS = {name: f"kd-fast-wrn-{name.lower()}10-*" for name in ("DM", "DSA", "MTT")} | {"DM, MNIST": "first-run-*"}
 BEST += [
     of_arms("A6", ALONE, of, files, "condensed", "random", None, "paper_a_condensation")
     for of, files in _SETS.items()

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'BATCHES', 'AT_LEAST', 'GROWTH', 'INVERSION', 'TWO_TERMS', 'ALIGNMENT',
-           'kd_loss', 'as_bytes', 'SyntheticSet', 'Method', 'check_values', 'Distillation', 'batch_statistics',
-           'check_batchnorm', 'shuffled', 'even_batch_size', 'student_accuracy', 'estimate_statistics', 'student_loss',
-           'student_step', 'StudentTraining', 'teacher_set', 'balanced_targets', 'Synthesis', 'RealImages',
-           'check_alignment', 'make_synthesis', 'share', 'Distiller', 'measure_of', 'timed_epoch', 'pool_quality',
-           'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method', 'distil']
+           'kd_loss', 'as_bytes', 'SyntheticSet', 'Method', 'check_values', 'Distillation', 'kept_warmup',
+           'batch_statistics', 'check_batchnorm', 'shuffled', 'even_batch_size', 'student_accuracy',
+           'estimate_statistics', 'student_loss', 'student_step', 'StudentTraining', 'teacher_set', 'balanced_targets',
+           'Synthesis', 'RealImages', 'check_alignment', 'make_synthesis', 'share', 'Distiller', 'measure_of',
+           'timed_epoch', 'pool_quality', 'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method',
+           'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
 import math
@@ -207,13 +208,6 @@ class Distillation:
         inversion_recipe(self.inversion, self.term_weights)
         alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
 
-    @property
-    def kept_warmup(self) -> int:
-        "Batches of the warm-up that join the synthetic set: only a generator that learns makes some."
-        maker = inversion_recipe(self.inversion, self.term_weights).synthesizer
-        learns = getattr(getattr(maker, "func", maker), "learns", False)  # of a partial, or a class
-        return self.warmup if self.keep_warmup and learns else 0
-
     def cache_key(self, method: Method) -> dict:
         "The settings that `method` reads; inversion and alignment by what they are, not by name alone."
         unread = () if method.pool else GROWTH
@@ -229,9 +223,16 @@ class Distillation:
         if method.aligned:
             chosen = alignment_settings(self.alignment, self.alignment_weight, self.alignment_ratio)
             read["alignment"] = asdict(chosen)
-        if method.pool == "real" and self.kept_warmup:
-            read["kept_warmup"] = self.kept_warmup
+        if method.pool == "real" and (kept := kept_warmup(self)):
+            read["kept_warmup"] = kept
         return read
+
+# %% ../nbs/07_kd.ipynb #kept-1
+def kept_warmup(settings: Distillation) -> int:
+    "Batches of the warm-up that join the synthetic set: only a generator that learns makes some."
+    maker = inversion_recipe(settings.inversion, settings.term_weights).synthesizer
+    learns = getattr(getattr(maker, "func", maker), "learns", False)  # of a partial, or a class
+    return settings.warmup if settings.keep_warmup and learns else 0
 
 # %% ../nbs/07_kd.ipynb #bs-02
 @contextmanager
@@ -426,7 +427,7 @@ class Synthesis:
         batches = self.settings.warmup if self.inverter.synthesizer.learns else 0
         for _ in progress(range(batches), "warming the generator up", leave=False):
             made = self.batch(after_warmup=False)
-            if self.settings.kept_warmup and images is not None:
+            if kept_warmup(self.settings) and images is not None:
                 images.add(*made)
 
     def extend(self, images: SyntheticSet, epoch: int) -> dict:
@@ -459,11 +460,11 @@ class RealImages:
 
     def warm_up(self, images: SyntheticSet) -> None:
         "There is nothing to learn, but the inverted set may keep what its generator makes meanwhile."
-        self.add(images, 0, self.settings.kept_warmup)
+        self.add(images, 0, kept_warmup(self.settings))
 
     def extend(self, images: SyntheticSet, epoch: int) -> dict:
         "Add an epoch's images."
-        start = self.settings.kept_warmup + epoch * self.settings.batches_per_epoch
+        start = kept_warmup(self.settings) + epoch * self.settings.batches_per_epoch
         self.add(images, start, self.settings.batches_per_epoch)
         return {}
 
@@ -517,7 +518,7 @@ class Distiller:
     ):
         self.settings, self.fabric, self.history, self.synthesis = settings, fabric, [], None
         transfer = None if transfer is None else on_device(transfer, fabric)
-        made = settings.epochs * settings.batches_per_epoch + settings.kept_warmup
+        made = settings.epochs * settings.batches_per_epoch + kept_warmup(settings)
         room = made * settings.synthesis_batch if method.pool else 0
         self.images = SyntheticSet(teacher_set(teacher, fabric), transfer, room)
         self.training = StudentTraining(student, teacher, settings, fabric, seed)
