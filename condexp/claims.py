@@ -256,7 +256,8 @@ BEST = [
     Claim("A6", MTT, "Fast, MNIST", _MTT_DIGITS, _DM_DIGITS, None, "paper_first_run", _FULL_DIGITS),
 ]
 ALONE = "condensed images alone beat random ones (ours)"
-_SETS = {name: f"kd-fast-wrn-{name.lower()}10-*" for name in ("DM", "DSA", "MTT")} | {"DM, MNIST": "first-run-*"}
+_SETS = {name: f"kd-fast-wrn-{name.lower()}10-*" for name in ("DM", "DSA", "MTT")}
+_SETS["DM, MNIST"] = "first-run-*"
 BEST += [
     of_arms("A6", ALONE, of, files, "condensed", "random", None, "paper_a_condensation")
     for of, files in _SETS.items()
