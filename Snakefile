@@ -22,6 +22,7 @@ SCALES = {
         plain={"vit": "vit_cifar wrn_10_1"},  # the teacher has no BatchNorm, whose statistics an inversion could match
         steps={"cmi": 30},  # generator steps a batch, where the method's own are too many
         transfer="-p size 16 -p precision bf16 -p epochs 20 -p steps 100 -p batch_size 64",
+        budget=10,
         families=("wrn_10_2", "vit_cifar", "convnext_cifar"),
         patience=(3, 10, 30),
         images=10_000,
@@ -40,7 +41,8 @@ SCALES = {
         },
         plain={"vit": "vit_cifar resnet18_cifar"},
         steps={},
-        transfer="-p size 32 -p epochs 200 -p steps 200 -p batch_size 256",
+        transfer="-p size 32 -p epochs 50 -p steps 200 -p batch_size 256",
+        budget=5,
         families=("resnet50_cifar", "vit_cifar", "convnext_cifar"),
         patience=(25, 100, 400),
         images=50_000,
@@ -228,6 +230,7 @@ BENCHES = {
             weights="one_hot: 0.5, adversarial: 1.33",  # of Fast's script for a ResNet-34
             alignment="-p alignment_ratio 0.3",  # as on 16 px: what was chosen there should carry over
         ),
+        "transfer": dict(data=DATA, teacher="resnet50_cifar", student="resnet18_cifar", size=32, scale=""),  # Paper B's
     },
 }[SIZE]  # fmt: skip
 ARMS = "inversion,mixed,expanded,oracle,full"
@@ -258,7 +261,7 @@ def teacher_run(bench, seed):
 
 
 ARCHIVE = bool({".tar", ".tgz", ".txz"} & set(Path(OTHER).suffixes))
-for bench in BENCHES if ARCHIVE else ["cifar"]:
+for bench in ("cifar", "hundred") if ARCHIVE else ("cifar",):
     for ratio in RATIOS:  # the weight of the alignment is chosen here, on a validation split, by a seed that is not measured
         more = f"-p evaluate validation -p alignments conditional -p alignment_ratio {ratio}"
         RUNS[f"{PREFIX}choose-{bench}-ratio{ratio}"] = ("run_alignment", bench_run(bench, 10, 99, more))
@@ -278,11 +281,10 @@ for seed in range(5):  # and a slow inversion, so of fewer images
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
-    usual, student = SCALE["pairs"][first].split()
-    if usual == BENCHES["cifar"]["teacher"]:
-        usual = teacher_of("cifar", seed)  # the trial's
-    teacher = teacher or usual
-    given = f"-p surrogate {surrogate} -p programs {SCALE['programs']} -p budget 10 -p seed {seed}"
+    bench = "transfer" if "transfer" in BENCHES else "cifar"
+    student = BENCHES[bench]["student"]
+    teacher = teacher or teacher_of(bench, seed)
+    given = f"-p surrogate {surrogate} -p programs {SCALE['programs']} -p budget {SCALE['budget']} -p seed {seed}"
     RUNS[f"{PREFIX}{name}-seed{seed}"] = (
         notebook,
         f"-p dataset {DATA} {SCALE['transfer']} -p teacher {teacher} -p student {student} {given} {more}",
