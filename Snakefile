@@ -41,7 +41,7 @@ SCALES = {
         },
         plain={"vit": "vit_cifar resnet18_cifar"},
         steps={},
-        transfer="-p size 32 -p epochs 50 -p steps 200 -p batch_size 256",
+        transfer="-p size 32 -p epochs 40 -p steps 200 -p batch_size 256",
         budget=5,
         families=("resnet50_cifar", "vit_cifar", "convnext_cifar"),
         patience=(25, 100, 400),
