@@ -7,7 +7,7 @@ __all__ = ['NAMED', 'PAIRS', 'MAIN_RUNS', 'BN', 'COMPARED', 'TRIALS', 'WRN_PAIR'
            'ALIGNING', 'DISCRIMINATOR', 'ORACLES', 'FULL', 'EARLIER', 'CHOSEN', 'TRIAL_ROOM', 'A2', 'HARDER', 'WHOLE',
            'GAINS', 'A12', 'TOLD', 'A3', 'KINDS', 'SINGLE', 'MTT', 'BEST', 'ALONE', 'FEW_IMAGES', 'PAPER_A', 'NEXT',
            'B1', 'ABLATION', 'NORMAL', 'B3', 'POOR', 'BALANCE', 'DIGITS', 'THEIRS', 'B6', 'TEACHERS', 'B7',
-           'FROM_BOUNDARY', 'THIRDS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'accuracies', 'Claim', 'pairs',
+           'FROM_BOUNDARY', 'THIRDS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs', 'read_rows', 'pairs', 'accuracies', 'Claim',
            'judge', 'judged', 'of_arms', 'has_number', 'of_two_terms', 'aligning', 'few_images', 'order_of_sets',
            'ablation', 'attack', 'attack_mnist', 'longer', 'margin', 'counted', 'by_setting', 'opening', 'claims_table',
            'short_table', 'plot_claims']
@@ -46,15 +46,23 @@ def read_rows(folder: Path, profile: str, files: str, name: str | None = None, *
         table = table[table[column] == value]
     return table
 
+# %% ../nbs/17_claims.ipynb #pairs-1
+def pairs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
+    "The seeds of both whose teachers have the same accuracy (devices differ in its second digit)."
+    both = one.merge(other, on="seed", suffixes=("", "_other"))
+    return both[(both.teacher_accuracy - both.teacher_accuracy_other).abs() < 0.1]
+
 # %% ../nbs/17_claims.ipynb #rows-4
 def accuracies(runs: Runs, folder: Path, profile: str = "") -> pd.DataFrame:
     "Seed, accuracy, and the teacher's accuracy, of some runs."
     values = ["accuracy", "teacher_accuracy"]
-    read = lambda files: read_rows(folder, profile, files, runs.set).groupby("seed")[values].mean()
+    rows = lambda files: read_rows(folder, profile, files, runs.set)
+    read = lambda files: rows(files).groupby("seed")[values].mean().reset_index()
     found = read(runs.files)
     if runs.less:
-        found["accuracy"] -= read(runs.less).accuracy
-    return found.dropna().reset_index()
+        found = pairs(found, read(runs.less))
+        found["accuracy"] -= found.accuracy_other
+    return found[["seed", *values]].dropna()
 
 # %% ../nbs/17_claims.ipynb #cell-08
 @dataclass(frozen=True)
@@ -70,12 +78,6 @@ class Claim:
     page: str  # of the reports
     ceiling: Runs | None  # the student of the real images; None for differences that have no ceiling
     own: bool = True  # the paper's difference is of this setting's kind; else it is a yardstick from another
-
-# %% ../nbs/17_claims.ipynb #pairs-1
-def pairs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
-    "The seeds of both whose teachers have the same accuracy (devices differ in its second digit)."
-    both = one.merge(other, on="seed", suffixes=("", "_other"))
-    return both[(both.teacher_accuracy - both.teacher_accuracy_other).abs() < 0.1]
 
 # %% ../nbs/17_claims.ipynb #judge-2
 def _difference(both: pd.DataFrame) -> dict:
@@ -96,8 +98,10 @@ def judge(claim: Claim, folder: Path, profile: str = "") -> dict | None:
     told = {what: getattr(claim, what) for what in ("words", "setting", "paper", "own", "page")}
     found = dict(zip(("low", "high", "room_low", "room_high"), interval(test) + interval(room), strict=True))
     found |= dict(room=room["difference"], room_seeds=room["seeds"])
-    said = verdict(test, room["difference"], claim.paper)
-    found["verdict"] = "seen" if said in ("reproduced", "direction only") and not claim.own else said
+    ends = interval(room) if room["seeds"] > 1 else (room["difference"],) * 2
+    said = verdict(test, ends, claim.paper)
+    as_paper = said in ("reproduced", "larger", "direction only")
+    found["verdict"] = "seen" if as_paper and not claim.own else said
     return {"claim": claim.name} | told | found | test
 
 # %% ../nbs/17_claims.ipynb #cell-09
@@ -484,11 +488,13 @@ def _short_row(name: str, words: str, part: pd.DataFrame) -> str:
 _BLIND = sns.color_palette("colorblind").as_hex()
 LOOK = {  # verdict: colour and marker
     "reproduced": (_BLIND[0], "o"),
+    "larger": (_BLIND[0], "^"),
     "seen": (_BLIND[0], "o"),
     "direction only": (_BLIND[2], "D"),
     "undecided": (_BLIND[1], "v"),
     "not seen": ("#555555", "s"),
     "not seen, with room": ("#555555", "s"),
+    "not seen, room unclear": ("#555555", "s"),
     "not seen, little room": ("#777777", "s"),
     "opposite": (_BLIND[3], "X"),
     "too few seeds": ("#777777", "."),

@@ -226,7 +226,7 @@ WIDE = 5.0  # points: half an interval that decides nothing where the paper give
 
 def verdict(
     test: dict,  # of `paired`
-    room: float,  # points from the baseline to the ceiling
+    room: tuple[float, float],  # points from the baseline to the ceiling: its interval, or twice the same
     paper: float | None = None,  # the paper's difference, where it gives one
 ) -> str:
     "What the seeds say of a claim that `test` is positive."
@@ -238,13 +238,17 @@ def verdict(
     if low > 0 and paper is None:
         return "seen"
     if low > 0:
-        return "reproduced" if test["difference"] >= paper / 2 else "direction only"
+        half_of_it = test["difference"] >= paper / 2
+        return "larger" if low > 2 * paper else "reproduced" if half_of_it else "direction only"
     half = (high - low) / 2
-    if room < (half if paper is None else paper):
+    needed = half if paper is None else paper
+    if room[1] < needed:
         return "not seen, little room"
     if half > WIDE if paper is None else paper <= high:
         return "undecided"
-    return "not seen" if math.isinf(room) else "not seen, with room"  # a difference may have no ceiling
+    if math.isinf(room[1]):  # a difference may have no ceiling
+        return "not seen"
+    return "not seen, with room" if room[0] >= needed else "not seen, room unclear"
 
 # %% ../nbs/11_records.ipynb #cell-21
 def best_baseline(
