@@ -28,6 +28,6 @@ def test_smoke_runs_every_notebook_and_draws_every_page():
 
 
 def test_on_a_cluster_each_run_asks_for_a_card_memory_and_time():
-    text = planned("slurm", "reports/records/gpu-trial-cifar-ipc10-seed0.json")
+    text = planned("slurm", "reports/records/gpu-trial-cifar-ipc10-seed0.json", "--forceall")  # also what is there already
     assert text.count("gpu=1") == 2 and text.count("runtime=600") == 2 and text.count("mem_mb=8000") == 2
     assert "rule teacher" in text  # a file that its run needs
