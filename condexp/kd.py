@@ -213,8 +213,7 @@ class Distillation:
         unread = () if method.pool else GROWTH
         unread += ("term_weights",) if method.pool == "inverted" else INVERSION
         unread += ("alignment_weight", "alignment_ratio") if method.aligned else ALIGNMENT
-        mixes = method.pool and method.source and self.batches == "two_terms"
-        unread += () if mixes else TWO_TERMS
+        unread += () if method.pool and method.source and self.batches == "two_terms" else TWO_TERMS
         unread += ("temperature", "direction") if self.labels == "hard" else ()
         read = {name: value for name, value in asdict(self).items() if name not in unread}
         if method.pool == "inverted":
