@@ -276,12 +276,19 @@ for bench in ("cifar", "hundred") if ARCHIVE else ("cifar",):
     more = f"-p arms mixed,expanded {BENCHES[bench]['alignment']}"
     for seed in range(3):  # an inversion that is harder: without BatchNorm's statistics
         RUNS[f"{PREFIX}trial-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, more, "bn"))
-        for kind in ("unconditional", "auxiliary") if bench == "hundred" else ():  # other discriminators, of the same weight
-            other = f"{more} -p arms expanded -p alignment {kind}"
-            RUNS[f"{PREFIX}trial-{kind}-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, other, "bn"))
+        if bench == "hundred":  # another discriminator, of the same weight
+            other = f"{more} -p arms expanded -p alignment unconditional"
+            RUNS[f"{PREFIX}trial-unconditional-{bench}-bn0-seed{seed}"] = ("run_kd", bench_run(bench, 10, seed, other, "bn"))
+if ARCHIVE and SIZE == "cpu":  # a student of another family; the weight is that of the hundred classes
+    for seed in range(3):
+        more = f"-p arms {ARMS} {BENCHES['mobilenet']['alignment']}"
+        RUNS[f"trial-mobilenet-ipc10-seed{seed}"] = ("run_kd", bench_run("mobilenet", 10, seed, more))
 for seed in range(5):  # and a slow inversion, so of fewer images
-    more = "-p inversion pre_dfkd -p images 8000 -p arms inversion,mixed,expanded,full"
-    RUNS[f"{PREFIX}trial-cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, more))
+    more = "-p inversion pre_dfkd -p images 8000"
+    RUNS[f"{PREFIX}trial-cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, f"{more} -p arms {ARMS}"))
+    for kind in ("unconditional", "auxiliary"):  # other discriminators, of the same weight
+        other = f"{more} -p arms expanded -p alignment {kind}"
+        RUNS[f"{PREFIX}trial-{kind}-cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, other))
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
