@@ -285,10 +285,14 @@ if ARCHIVE and SIZE == "cpu":  # a student of another family; the weight is that
         RUNS[f"trial-mobilenet-ipc10-seed{seed}"] = ("run_kd", bench_run("mobilenet", 10, seed, more))
 for seed in range(5):  # and a slow inversion, so of fewer images
     more = "-p inversion pre_dfkd -p images 8000"
-    RUNS[f"{PREFIX}trial-cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, f"{more} -p arms {ARMS}"))
-    for kind in ("unconditional", "auxiliary"):  # other discriminators, of the same weight
-        other = f"{more} -p arms expanded -p alignment {kind}"
-        RUNS[f"{PREFIX}trial-{kind}-cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, other))
+    others = {  # the oracle learns from as many real images; other discriminators have the same weight
+        "": "-p arms inversion,mixed,expanded,full",
+        "oracle-": "-p arms oracle",
+        "unconditional-": "-p arms expanded -p alignment unconditional",
+        "auxiliary-": "-p arms expanded -p alignment auxiliary",
+    }
+    for kind, given in others.items():
+        RUNS[f"{PREFIX}trial-{kind}cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, f"{more} {given}"))
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
