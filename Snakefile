@@ -22,6 +22,7 @@ SCALES = {
         plain={"vit": "vit_cifar wrn_10_1"},  # the teacher has no BatchNorm, whose statistics an inversion could match
         steps={"cmi": 30},  # generator steps a batch, where the method's own are too many
         transfer="-p size 16 -p precision bf16 -p epochs 20 -p steps 100 -p batch_size 64",
+        transfer_bench="cifar",  # whose teachers and student Paper B's sets are tried with
         budget=10,
         families=("wrn_10_2", "vit_cifar", "convnext_cifar"),
         patience=(3, 10, 30),
@@ -42,6 +43,7 @@ SCALES = {
         plain={"vit": "vit_cifar resnet18_cifar"},
         steps={},
         transfer="-p size 32 -p epochs 40 -p steps 200 -p batch_size 256",
+        transfer_bench="transfer",
         budget=5,
         families=("resnet50_cifar", "vit_cifar", "convnext_cifar"),
         patience=(25, 100, 400),
@@ -217,9 +219,10 @@ BENCHES = {
             data=HUNDRED, teacher="wrn_16_2", student="wrn_10_1", size=16,
             scale="-p precision bf16 -p epochs 40 -p steps 100 -p batch_size 64 -p images 8000", alignment="-p alignment_ratio 0.3",
         ),
-        "mobilenet": dict(  # a student of another family, whose convolutions bf16 makes slower on a CPU
+        "mobilenet": dict(  # room: a student of another family (bf16 makes it slower on a CPU), and PRE-DFKD
             data=HUNDRED, teacher="wrn_16_2", student="mobilenetv2_035_cifar", size=16,
-            scale="-p precision 32 -p epochs 40 -p steps 100 -p batch_size 64 -p images 8000", alignment="-p alignment_ratio 0.3",
+            scale="-p inversion pre_dfkd -p precision 32 -p epochs 40 -p steps 100 -p batch_size 64 -p images 8000",
+            alignment="-p alignment_ratio 0.3",
         ),
     },
     "gpu": {
@@ -283,6 +286,8 @@ if ARCHIVE and SIZE == "cpu":  # a student of another family; the weight is that
     for seed in range(3):
         more = f"-p arms {ARMS} {BENCHES['mobilenet']['alignment']}"
         RUNS[f"trial-mobilenet-ipc10-seed{seed}"] = ("run_kd", bench_run("mobilenet", 10, seed, more))
+    more = "-p inversion fast -p arms mixed,full"  # which leaves no room
+    RUNS["trial-mobilenet-fast-seed0"] = ("run_kd", bench_run("mobilenet", 10, 0, more))
 for seed in range(5):  # and a slow inversion, so of fewer images
     more = "-p inversion pre_dfkd -p images 8000"
     others = {  # the oracle learns from as many real images; other discriminators have the same weight
@@ -296,9 +301,8 @@ for seed in range(5):  # and a slow inversion, so of fewer images
 
 
 def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
-    bench = "transfer" if "transfer" in BENCHES else "cifar"
-    student = BENCHES[bench]["student"]
-    teacher = teacher or teacher_of(bench, seed)
+    student = BENCHES[SCALE["transfer_bench"]]["student"]
+    teacher = teacher or teacher_of(SCALE["transfer_bench"], seed)
     given = f"-p surrogate {surrogate} -p programs {SCALE['programs']} -p budget {SCALE['budget']} -p seed {seed}"
     RUNS[f"{PREFIX}{name}-seed{seed}"] = (
         notebook,
