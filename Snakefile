@@ -221,7 +221,7 @@ BENCHES = {
         ),
         "mobilenet": dict(  # room: a student of another family (bf16 makes it slower on a CPU), and PRE-DFKD
             data=HUNDRED, teacher="wrn_16_2", student="mobilenetv2_035_cifar", size=16,
-            scale="-p inversion pre_dfkd -p precision 32 -p epochs 40 -p steps 100 -p batch_size 64 -p images 8000",
+            scale="-p inversion pre_dfkd -p precision 32 -p epochs 40 -p steps 100 -p batch_size 64 -p images 4000",
             alignment="-p alignment_ratio 0.3",
         ),
     },
@@ -286,7 +286,7 @@ if ARCHIVE and SIZE == "cpu":  # a student of another family; the weight is that
     for seed in range(3):
         more = f"-p arms {ARMS} {BENCHES['mobilenet']['alignment']}"
         RUNS[f"trial-mobilenet-ipc10-seed{seed}"] = ("run_kd", bench_run("mobilenet", 10, seed, more))
-    more = "-p inversion fast -p arms mixed,full"  # which leaves no room
+    more = "-p inversion fast -p images 8000 -p arms mixed,full"  # which leaves no room
     RUNS["trial-mobilenet-fast-seed0"] = ("run_kd", bench_run("mobilenet", 10, 0, more))
 for seed in range(5):  # and a slow inversion, so of fewer images
     more = "-p inversion pre_dfkd -p images 8000"
