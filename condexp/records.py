@@ -474,15 +474,17 @@ def plot_methods(
     figure, axes = _panels(len(panels), table[col].nunique(), **shape)
     steps = {name: (i + 1) / (len(methods) + 1) - 0.5 for i, name in enumerate(methods)}
     places = {(level, name): i + step for i, level in enumerate(levels) for name, step in steps.items()}
-    named = []
+    drawn = []
     for ax, (key, part) in zip(axes, panels, strict=True):
-        named.append(_draw_methods(ax, part.groupby([y, "set"]).accuracy, places))
+        drawn.append(_draw_methods(ax, part.groupby([y, "set"]).accuracy, places))
         ax.set_title(", ".join(map(str, key)), fontsize=10)
         ax.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(levels)), levels)
     axes[0].set_ylim(len(levels) - 0.5, -0.5)
     axes[0].set_ylabel(y)
-    _name_methods(axes[0], named[0])
+    first = {name: i for i, there in reversed([*enumerate(drawn)]) for name in there}
+    for name, i in first.items():  # each method in the first panel that has it
+        _name_methods(axes[i], {name: drawn[i][name]})
     figure.supxlabel("student accuracy (%; bars: 95 % interval)", fontsize=10)
     plt.close(figure)
     return figure
@@ -677,7 +679,8 @@ def plot_accuracies(record: dict) -> Figure:
         ax.axvline(record["teacher_accuracy"], color="0.3", linestyle=":")
         place = dict(textcoords="offset points", ha="right", fontsize=8)
         ax.annotate("teacher", (record["teacher_accuracy"], -0.6), (-4, 0), **place)
-    ax.set(yticks=range(len(accuracy)), yticklabels=list(accuracy), xlabel=f"{measure} (% of {of})")
+    bars = "; bars: 95 % interval over images" * bool(record.get("test_images"))
+    ax.set(yticks=range(len(accuracy)), yticklabels=list(accuracy), xlabel=f"{measure} (% of {of}{bars})")
     ax.set_ylim(len(accuracy) - 0.5, -0.9)
     ax.margins(x=0.12)
     plt.close(figure)
@@ -691,4 +694,5 @@ def _draw_score(ax: Axes, y: int, name: str, value: float, n: int | None) -> Non
     look = dict(color=METHOD_COLOURS.get(name, "0.4"), marker=METHOD_MARKERS.get(name, "o"), markersize=8)
     ax.errorbar(value, y, xerr=ends, linestyle="none", capsize=3, **look)
     place = dict(textcoords="offset points", va="center", fontsize=9)
+    place |= dict(bbox=dict(facecolor="white", edgecolor="none", pad=1))  # the teacher's line may pass here
     ax.annotate(f"{value:.1f}", (max(high, value), y), (6, 0), **place)

@@ -1026,7 +1026,7 @@ def card_markdown(card: TeacherCard) -> str:
 
 # %% ../nbs/14_teachers.ipynb #cell-749925
 def card_figure(card: TeacherCard) -> Figure | None:
-    "How well each normalisation fits BatchNorm's memory; nothing without BatchNorm."
+    "How well each normalisation fits BatchNorm's running statistics; nothing without BatchNorm."
     if not card.distances:
         return None
     figure, axes = plt.subplots(figsize=(6, 2.6), layout="constrained")
@@ -1035,7 +1035,7 @@ def card_figure(card: TeacherCard) -> Figure | None:
     axes.axvline(FAR, color="grey", linestyle=":")
     axes.invert_yaxis()
     axes.set(
-        xlabel="distance of neutral images from BatchNorm's memory (log scale)",
+        xlabel="distance from BatchNorm's running statistics\n(neutral images; log scale; dotted: far)",
         xscale="log",
         title="Which normalisation fits?",
     )
