@@ -456,7 +456,7 @@ def opening(table: pd.DataFrame, page: str) -> str:
         if len(here):
             lines.append(f"* **{name}, {words}: {counted(here.verdict)}.** Points: {said}.{told}")
     if len(lines) and table[table.page == page].stands.any():
-        lines.append("\nBold: significant with all claims of the paper together (Benjamini-Hochberg, 5 %).")
+        lines.append("\nBold: significant after correction for all claims of the paper (Benjamini-Hochberg, 5 %).")
     return "\n".join(lines) or "There is no record of this page's claims yet."
 
 # %% ../nbs/17_claims.ipynb #cell-22
