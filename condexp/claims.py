@@ -456,7 +456,8 @@ def opening(table: pd.DataFrame, page: str) -> str:
         if len(here):
             lines.append(f"* **{name}, {words}: {counted(here.verdict)}.** Points: {said}.{told}")
     if len(lines) and table[table.page == page].stands.any():
-        lines.append("\nBold: significant after correction for all claims of the paper (Benjamini-Hochberg, 5 %).")
+        corrected = "significant after correction for all claims of the paper"
+        lines.append(f"\nBold: {corrected} (Benjamini-Hochberg, 5 %).")
     return "\n".join(lines) or "There is no record of this page's claims yet."
 
 # %% ../nbs/17_claims.ipynb #cell-22
@@ -516,7 +517,7 @@ LOOK = {  # verdict: colour and marker
 
 # %% ../nbs/17_claims.ipynb #plot-1
 def plot_claims(table: pd.DataFrame, most: float = 40) -> Figure:
-    """Differences with 95 % intervals, the paper's as a black tick (grey: of another setting), or a number outside.
+    """Differences with 95 % intervals, the paper's as a tick (grey: of another setting), or a number outside.
 
     A claim is a line, its settings are below it. Differences above `most` are left out.
     """
