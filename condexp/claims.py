@@ -422,8 +422,12 @@ def by_setting(part: pd.DataFrame, most: int = 5) -> str:
     return f"{' to '.join(bounds)} in {len(part)} settings; {'; '.join(counts) or 'none significant'}"
 
 # %% ../nbs/17_claims.ipynb #cell-19
+def _signed(value: float) -> str:
+    return f"{value:+g}".replace("-", "−")
+
+
 def _paper(r) -> str:
-    return f", the paper {r.paper:+g}" if r.paper == r.paper and r.own else ""
+    return f", the paper {_signed(r.paper)}" if r.paper == r.paper and r.own else ""
 
 
 def _ours(r) -> str:
@@ -448,7 +452,7 @@ def opening(table: pd.DataFrame, page: str) -> str:
         together = here.paper.notna().all() and (not few or len(papers) == 1)
         each = (f"{r.setting} {_ours(r)}{'' if together else _paper(r)}" for r in here.itertuples())
         said = "; ".join(each) if few else by_setting(here)
-        numbers = " to ".join(f"{value:+g}" for value in papers)
+        numbers = " to ".join(map(_signed, papers))
         told = f" {_whose(name, here.own)}: {numbers}." if together else ""
         if len(here) and len(others):
             ends = map(points, (others.difference.min(), others.difference.max()))
@@ -479,7 +483,7 @@ def _room(r) -> str:
 
 
 def _row(r) -> str:
-    paper = "–" if r.paper != r.paper else f"{r.paper:+g}" if r.own else f"({r.paper:+g})"
+    paper = "–" if r.paper != r.paper else _signed(r.paper) if r.own else f"({_signed(r.paper)})"
     setting = f"[{r.setting}]({r.page}.ipynb)"
     return f"| | {setting} | {paper} | {_ours(r)} | {r.seeds} | {_room(r)} | {r.verdict} |"
 
@@ -493,7 +497,7 @@ def short_table(table: pd.DataFrame) -> str:
 
 def _short_row(name: str, words: str, part: pd.DataFrame) -> str:
     given = part[part.own] if part.own.any() else part  # else of another setting, in brackets
-    papers = [f"{value:+g}" for value in sorted(given.paper.dropna().unique())]
+    papers = [_signed(value) for value in sorted(given.paper.dropna().unique())]
     paper = " to ".join(papers[:1] + papers[1:][-1:]) or "–"
     paper = f"({paper})" if papers and not part.own.any() else paper
     page = f"[{words}]({part.page.iloc[0]}.ipynb)"
