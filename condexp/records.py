@@ -237,9 +237,10 @@ def verdict(
         return "opposite"
     if low > 0 and paper is None:
         return "seen"
+    if low > 0 and test["difference"] < paper / 2:
+        return "direction only, little room" if room[1] < paper / 2 else "direction only"
     if low > 0:
-        half_of_it = test["difference"] >= paper / 2
-        return "larger" if low > 2 * paper else "reproduced" if half_of_it else "direction only"
+        return "larger" if low > 2 * paper else "reproduced"
     half = (high - low) / 2
     needed = half if paper is None else paper
     if room[1] < needed:
@@ -283,7 +284,7 @@ def paired_table(
 # %% ../nbs/11_records.ipynb #cell-703796
 def points(value: float) -> str:
     "A difference as it is read."
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")  # no minus before nought
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
 
 # %% ../nbs/11_records.ipynb #cell-e160a5
 def interval_text(test: dict) -> str:
