@@ -352,7 +352,8 @@ def attack_batches(
     parts = zip(*(x[state.done :].split(batch_size) for x in (rows, goals.flatten())), strict=True)
     with progress(None, "boundary attack", initial=state.done, total=len(rows), leave=False, delay=1) as bar:
         for index, goal in parts:
-            state.add(attack(logits, images.batch(index), goal, settings), goal)
+            x = images.batch(index).clamp(settings.low, settings.high)  # a set's floats may be a hair outside
+            state.add(attack(logits, x, goal, settings), goal)
             bar.update(len(goal))
             state.seconds = time.perf_counter() - began
             checkpoint.save(vars(state), every=0.05)

@@ -53,16 +53,22 @@ def pairs(one: pd.DataFrame, other: pd.DataFrame) -> pd.DataFrame:
     return both[(both.teacher_accuracy - both.teacher_accuracy_other).abs() < 0.1]
 
 # %% ../nbs/17_claims.ipynb #rows-4
+def _by_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    "A row for each seed; a run that lies in two records counts once. `ValueError` for two results of a seed."
+    once = rows[["seed", "accuracy", "teacher_accuracy"]].drop_duplicates().sort_values("seed")
+    if once.seed.duplicated().any():
+        raise ValueError("a seed has several accuracies: choose the runs of one setting")
+    return once
+
+
 def accuracies(runs: Runs, folder: Path, profile: str = "") -> pd.DataFrame:
     "Seed, accuracy, and the teacher's accuracy, of some runs."
-    values = ["accuracy", "teacher_accuracy"]
     rows = lambda files: read_rows(folder, profile, files, runs.set)
-    read = lambda files: rows(files).groupby("seed")[values].mean().reset_index()
-    found = read(runs.files)
+    found = _by_seed(rows(runs.files))
     if runs.less:
-        found = pairs(found, read(runs.less))
+        found = pairs(found, _by_seed(rows(runs.less)))
         found["accuracy"] -= found.accuracy_other
-    return found[["seed", *values]].dropna()
+    return found[["seed", "accuracy", "teacher_accuracy"]].dropna()
 
 # %% ../nbs/17_claims.ipynb #cell-08
 @dataclass(frozen=True)

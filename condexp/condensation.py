@@ -38,7 +38,8 @@ from .augment import Augment, siamese
 from .cache import Checkpoint, cached, check_choice, check_int, invalid, load_tensors, progress
 from .cache import save_tensors
 from .data import ImageSet, Splits, random_per_class
-from .models import Classifier, file_kind, fingerprint, freeze, kaiming, load_torch, make_classifier
+from .models import Classifier, accepts_input, file_kind, fingerprint, freeze, kaiming, load_torch
+from .models import make_classifier, smallest_accepted_size
 from .training import Schedule, check_finite, make_fabric, on_device, precision_of, predict
 from .training import resume, scaled_backward, seeded, snapshot, train_classifier
 
@@ -386,6 +387,10 @@ class DSA(Condenser):
     inner_loop: int = 10  # its steps on the synthetic set after each
     lr_network: float = 0.01
 
+    def __post_init__(self):
+        if CHECKPOINT_INTERVAL % self.outer_loop:
+            invalid("outer_loop", self.outer_loop, f"it must divide {CHECKPOINT_INTERVAL}")
+
     def make(self, task: CondensationTask) -> tuple[ImageSet, list[dict]]:
         learned = LearnedImages(first_images(task), Normalisation(task.train.mean, task.train.std))
         optimizer = torch.optim.SGD([learned.z], lr=self.lr, momentum=self.momentum)
@@ -650,6 +655,10 @@ def check_condenser(name: str, train: ImageSet, ipc: int, iterations: int) -> Co
     condenser = CONDENSERS[check_choice("condenser", name, CONDENSERS)]
     if train.size > condenser.max_size:
         invalid("size", train.size, f"{name} takes images of up to {condenser.max_size} px")
+    network = getattr(condenser, "network", "")  # of those that look at images through one
+    if network and not accepts_input(network, train.channels, train.size):
+        least = smallest_accepted_size(network, train.channels, train.size)
+        invalid("size", train.size, f"{name} takes images of at least {least} px")
     check_int("ipc", ipc, 1)
     check_int("iterations", iterations, 0)
     least = min(range(train.num_classes), key=train.counts.__getitem__)

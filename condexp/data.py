@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'INSTALLED', 'TORCHVISION', 'NAMES', 'check_statistics', 'ImageSet', 'pack', 'unpack', 'load_set',
-           'show_images', 'validation_split', 'random_per_class', 'rank_within', 'Splits', 'Layout', 'part_names',
-           'find_layout', 'annotate', 'Assignment', 'assign_splits', 'class_names', 'check_pairs', 'describe_left_out',
-           'channel_statistics', 'make_splits', 'vision_entries', 'known_dataset', 'load_splits', 'load_images']
+           'show_images', 'show_by_class', 'validation_split', 'random_per_class', 'rank_within', 'Splits', 'Layout',
+           'part_names', 'find_layout', 'annotate', 'Assignment', 'assign_splits', 'class_names', 'check_pairs',
+           'describe_left_out', 'channel_statistics', 'make_splits', 'vision_entries', 'known_dataset', 'load_splits',
+           'load_images']
 
 # %% ../nbs/00_data.ipynb #cell-02
 import functools
@@ -66,7 +67,7 @@ class _Facts:
         digest = hashlib.sha256(repr((self.classes, self.mean, self.std)).encode())
         for t in (self.images, self.labels):
             digest.update(f"{t.dtype}{tuple(t.shape)}".encode())
-            digest.update(t.detach().cpu().contiguous().numpy())
+            digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
 # %% ../nbs/00_data.ipynb #cell-07
@@ -212,6 +213,13 @@ def show_images(
     plt.close(figure)
     return figure
 
+# %% ../nbs/00_data.ipynb #by-class-2
+def show_by_class(images: ImageSet, title: str, count: int = 40) -> Figure:
+    "A few images of a set, in the order of their classes."
+    order = images.hard_labels.argsort(stable=True)
+    shown = order[torch.linspace(0, len(order) - 1, count).long()]
+    return show_images(images.subset(shown), columns=20, scale=0.5, title=title)
+
 # %% ../nbs/00_data.ipynb #cell-21
 def _per_class(labels: Tensor, seed: int) -> list[np.ndarray]:
     "The indices of each class, shuffled by `seed` and by nothing else."
@@ -252,7 +260,9 @@ def random_per_class(
 # %% ../nbs/00_data.ipynb #cell-e6dddc
 def rank_within(labels: Int[Tensor, " n"], classes: int) -> Int[Tensor, " n"]:
     "How many earlier entries have the same label."
-    return F.one_hot(labels, classes).cumsum(0).gather(1, labels[:, None]).squeeze(1) - 1
+    order, counts = labels.argsort(stable=True), torch.bincount(labels, minlength=classes)
+    first = (counts.cumsum(0) - counts)[labels[order]]  # where the label of each place begins
+    return torch.arange(len(labels), device=labels.device).sub(first)[order.argsort()]
 
 # %% ../nbs/00_data.ipynb #cell-27
 class Splits(NamedTuple):
@@ -428,6 +438,15 @@ def channel_statistics(
     return tuple(mean.tolist()), tuple(std.tolist())
 
 # %% ../nbs/00_data.ipynb #cell-41
+def _labelled(
+    paths: Sequence[Parts], assigned: Assignment, classes: Sequence[str]
+) -> tuple[list[int], Int[Tensor, " n"]]:
+    "The pictures that have a place, in the order of their paths, and their labels."
+    number = {name: n for n, name in enumerate(classes)}
+    order = [i for i in sorted(range(len(paths)), key=paths.__getitem__) if assigned.places[i][0]]
+    return order, torch.tensor([number[assigned.places[i][1]] for i in order])
+
+
 def make_splits(
     found: Pictures,
     provenance: dict,  # plain values
@@ -444,8 +463,7 @@ def make_splits(
         notes.append(f"The 16-bit images use {found.bits} bits, and are read as such.")
     tables = f"; {left.tables()[0]} is not read" if left.tables() else ""
     classes = tuple(classes or class_names(assigned, tables))
-    order = [i for i in sorted(range(len(paths)), key=paths.__getitem__) if assigned.places[i][0]]
-    labels = torch.tensor([classes.index(assigned.places[i][1]) for i in order])
+    order, labels = _labelled(paths, assigned, classes)
     test = np.array([assigned.places[i][0] == "test" for i in order])
     if not test.any():
         check_pairs(assigned)
@@ -609,8 +627,7 @@ def _transfer_images(found: Pictures, left: LeftOut, config: dict) -> ImageSet:
         if any(tested):
             return make_splits(found, config, left=left).train
         classes = class_names(assigned)
-        order = [i for i in sorted(range(len(paths)), key=paths.__getitem__) if assigned.places[i][0]]
-        labels = torch.tensor([classes.index(assigned.places[i][1]) for i in order])
+        order, labels = _labelled(paths, assigned, classes)
         return ImageSet(
             found.images[order], labels, tuple(classes), *channel_statistics(found.images), config
         )

@@ -6,7 +6,7 @@
 __all__ = ['USUAL', 'WARMUP_IMAGES', 'IMAGES_PER_CLASS', 'FEWEST', 'STEPS_PER_IMAGE', 'PATIENCE', 'EXPANDED', 'SHOWN',
            'ImageSource', 'shader_backend', 'open_source', 'open_sources', 'make_set', 'joined', 'small_sets', 'judge',
            'judged', 'Plan', 'seconds_per_step', 'make_plan', 'planned', 'Job', 'open_job', 'student_for', 'choose',
-           'parts_of', 'plan_of', 'plan_in_words', 'build_set', 'teach', 'score_table', 'result_in_words',
+           'parts_of', 'plan_of', 'plan_in_words', 'build_set', 'growing', 'teach', 'score_table', 'result_in_words',
            'card_record']
 
 # %% ../nbs/16_datafree.ipynb #df-02
@@ -214,7 +214,10 @@ def make_plan(
     fitting = int(60 * (minutes or PATIENCE) / each)
     count = images or max(10 * classes, fitting if minutes else min(usual, fitting))
     left = max(0.0, 60 * (minutes or PATIENCE) - count * image_seconds)
-    total = max(100, min(int(left / step_seconds), round(STEPS_PER_IMAGE * max(count, usual))))
+    total = round(STEPS_PER_IMAGE * max(count, usual))
+    if minutes or not images:
+        total = min(total, int(left / step_seconds))
+    total = max(100, total)
     epochs = min(40, max(4, total // 25))
     steps = max(1, total // epochs)
     return Plan(count, epochs, steps, batch_size, count * image_seconds + epochs * steps * step_seconds)
@@ -318,19 +321,26 @@ def build_set(chosen: str, plan: Plan, job: Job, seed: int) -> ImageSet:
     return joined(made) if len(made) > 1 else made[0]
 
 # %% ../nbs/16_datafree.ipynb #cell-8ccf04
+def growing(plan: Plan, batch: int = 64) -> Distillation:
+    "The schedule of a set that grows, by batches of images, to as many as the plan has (to the nearest)."
+    epochs = max(1, min(plan.epochs, plan.images // batch))
+    grown = dict(synthesis_batch=batch, batches_per_epoch=max(1, round(plan.images / (batch * epochs))))
+    return Distillation(epochs, plan.epochs * plan.steps // epochs, plan.batch_size, **grown)
+
+# %% ../nbs/16_datafree.ipynb #teach-0
 def teach(
     student: str, chosen: str, plan: Plan, images: ImageSet, job: Job, probe: ImageSet, seed: int
 ) -> MethodResult:
     "The student, and its agreement with the teacher on the probe."
     empty = teacher_set(job.teacher, job.fabric)
     splits = Splits(empty, on_device(probe, job.fabric), "")
-    settings = Distillation(plan.epochs, plan.steps, plan.batch_size)
     if chosen != EXPANDED:
+        settings = Distillation(plan.epochs, plan.steps, plan.batch_size)
         held = {"transfer set": on_device(images, job.fabric)}
         return distil("transfer set", job.teacher, student, held, splits, settings, seed, job.fabric)
-    batches = max(1, round(plan.images / (64 * plan.epochs)))
+    settings = growing(plan)
     alignment = resolve_alignment("auto", max(1, len(images) // images.num_classes))
-    settings = replace(settings, synthesis_batch=64, batches_per_epoch=batches, alignment=alignment)
+    settings = replace(settings, alignment=alignment)
     return distil("expanded", job.teacher, student, {"condensed": images}, splits, settings, seed, job.fabric)
 
 # %% ../nbs/16_datafree.ipynb #df-26

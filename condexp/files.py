@@ -351,7 +351,9 @@ def _walk(root: Path) -> Iterator[tuple[Parts, os.stat_result]]:
     for folder, folders, files in os.walk(root, followlinks=True):
         inside = Path(folder)
         parts, above = inside.relative_to(root).parts, inside.resolve()
-        folders[:] = [name for name in folders if not above.is_relative_to((inside / name).resolve())]
+        entered = {root.joinpath(*parts[:n]).resolve() for n in range(len(parts) + 1)}
+        ends = {name: (inside / name).resolve() for name in folders}  # of links elsewhere
+        folders[:] = [n for n, end in ends.items() if end not in entered and not above.is_relative_to(end)]
         for name in sorted(files + folders):
             if facts := _facts(inside / name, (*parts, name)):
                 yield (*parts, name), facts
@@ -504,7 +506,7 @@ def find_text(path: Path, names: Collection[str]) -> str:
 
 # %% ../nbs/00_files.ipynb #cell-49
 def content_hash(path: Path) -> str:  # 16 hexadecimal digits
-    "A name for what an archive or a folder holds."
+    "A name for the bytes of an archive, or for the names, sizes and times of the files in a folder."
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

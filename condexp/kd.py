@@ -607,7 +607,7 @@ class MethodResult:
     history: list[dict]  # an entry per epoch: loss, accuracy or agreement, images, inversion's terms, seconds
     distances: dict[str, float]  # of `pool_quality`; empty without synthetic images
     seconds: dict[str, float]  # warmup (of a generator), synthesis, student
-    images: int  # different images the student could draw from
+    images: int  # images the student could draw from (of `oracle` a real one may be there twice)
     steps: int  # student steps taken
     student: Classifier = field(repr=False)
     pool: ImageSet | None = field(repr=False)  # the synthetic images

@@ -360,9 +360,12 @@ class AtLayer(Classifier):
         with capture_activations(self.backbone.get_submodule(self.layer)) as seen:
             logits = self(x)
         features = seen[0][1]
-        last = "NHWC" in str(getattr(self.backbone, "output_fmt", ""))  # as timm's Swin has it
-        positions = {3: 1, 4: (1, 2) if last else (2, 3)}.get(features.ndim)  # of n l d, of n d h w
-        return features if positions is None else features.mean(positions), logits
+        if features.ndim == 4:  # the two equal sides are height and width: images are square
+            a, b, c = features.shape[1:]
+            unclear = "NHWC" in str(getattr(self.backbone, "output_fmt", ""))  # as timm's Swin has it
+            last = unclear if a == b == c else a == b
+            features = features.mean((1, 2) if last else (2, 3))
+        return features.mean(1) if features.ndim == 3 else features, logits
 
 # %% ../nbs/02_models.ipynb #cell-40
 def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
@@ -374,7 +377,14 @@ def at_layer(model: Classifier, layer: str = PENULTIMATE) -> Classifier:
         close = difflib.get_close_matches(layer, layers, 3, 0.0)
         allowed = f"it must be {PENULTIMATE} or a layer of {model.spec.name}, such as {', '.join(close)}"
         invalid("layer", layer, allowed)
-    return AtLayer(model, layer)
+    found = AtLayer(model, layer)
+    try:
+        width = found.feature_dim  # tried out on shapes alone
+    except Exception:  # whatever a layer does that gives several tensors, or none
+        width = 0
+    if not width:
+        invalid("layer", layer, "its output must be one tensor that the forward pass makes")
+    return found
 
 # %% ../nbs/02_models.ipynb #cell-43
 def model_names() -> list[str]:

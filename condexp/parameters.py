@@ -456,7 +456,7 @@ class RunQuality(Run):
 class RunSurrogate(RunQuality, RunTraining):
     "Parameters of `run_surrogate`."
 
-    own = {"output": folder_or_empty, "temperature": weight}
+    own = {"output": folder_or_empty, "temperature": lambda name, value: weight(name, value) or 0.0}
     student: str
     temperature: float  # 0: what suits the set
     labels: str

@@ -181,10 +181,16 @@ def read_records(
     return pd.DataFrame([row for p in paths for row in record_rows(json.loads(p.read_text()), p.name)])
 
 # %% ../nbs/11_records.ipynb #cell-15
+def _once(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    "A run that lies in two records counts once."
+    return table.drop_duplicates([c for c in (*columns, "seed") if c in table]) if "seed" in table else table
+
+
 def plus_minus(
     table: pd.DataFrame, rows: list[str], columns: str = "set", value: str = "accuracy"
 ) -> pd.DataFrame:
     "Mean ± standard deviation (of several) of `value` as text; a dash where there is nothing."
+    table = _once(table, [*rows, columns, value])
     cells = table.groupby([*rows, columns], sort=False)[value].agg(["mean", "std", "count"])
     text = cells.apply(
         lambda c: f"{c['mean']:.1f} ± {c['std']:.1f}" if c["count"] > 1 else f"{c['mean']:.1f}", axis=1
@@ -209,7 +215,8 @@ def paired(
     if pairs.empty:
         raise ValueError(f"no seed has both {method!r} and {baseline!r}")
     gap, n = pairs[method] - pairs[baseline], len(pairs)
-    p = float(ttest_rel(pairs[method], pairs[baseline]).pvalue) if n > 1 else float("nan")
+    test = lambda: float(ttest_rel(pairs[method], pairs[baseline]).pvalue)
+    p = math.nan if n < 2 else test() if gap.any() else 1.0  # all pairs are equal
     return dict(difference=gap.mean(), error=gap.sem(), p=p, wins=int((gap > 0).sum()), seeds=n)
 
 # %% ../nbs/11_records.ipynb #verdict-2
@@ -232,6 +239,7 @@ def verdict(
     "What the seeds say of a claim that `test` is positive."
     if test["seeds"] < 3:
         return "too few seeds"
+    paper = paper if paper is not None and paper > 0 else None  # it must claim a gain
     low, high = interval(test)
     if high < 0:
         return "opposite"
@@ -468,6 +476,7 @@ def plot_methods(
     row: str | None = None,
 ) -> Figure:
     "Accuracies of all methods: points are means over seeds, bars their 95 % intervals."
+    table = _once(table, [*filter(None, (row, col)), y, "set", "accuracy"])
     methods, levels = [m for m in METHOD_ORDER if m in set(table.set)], sorted(set(table[y]))
     panels = table.groupby([row, col] if row else [col], sort=False)
     height = 0.7 + 0.2 * (len(methods) + 1) * len(levels)

@@ -219,8 +219,9 @@ def read_condensed(path: str, train: ImageSet, normalisation: str, parameter: st
     "The set in a file, or the few real images in a folder of class folders, in `train`'s order."
     if not Path(path).is_dir():
         return load_condensed(path, train, normalisation, parameter)
-    images = load_images(path, train.size, parameter)
-    return replace(_fitted(images, train), mean=train.mean, std=train.std)
+    images = _fitted(load_images(path, train.size, parameter), train)
+    same = images.channels == train.channels  # else it will be refused
+    return replace(images, mean=train.mean, std=train.std) if same else images
 
 # %% ../nbs/13_runs.ipynb #cell-ca0aa0
 def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> ImageSet:

@@ -42,7 +42,7 @@ def probe_agreement(
 
 # %% ../nbs/09_scores.ipynb #blend-2
 def halves_of(probe: ImageSet) -> ImageSet:
-    "Each image of a probe half and half with another of its images."
+    "Each image of a probe half and half with one of its images drawn at random (about one with itself)."
     other = torch.randperm(len(probe), generator=torch.Generator().manual_seed(0)).to(probe.images.device)
     halves = (probe.images.int() + probe.images[other].int()) // 2
     return replace(probe, images=halves.to(torch.uint8))

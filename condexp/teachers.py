@@ -100,7 +100,7 @@ class Weights:
 def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str], set[str]]:
     "(tensors, prefixes taken off, names that did not have them)."
     stripped, outside = [], set()
-    most = lambda prefix: sum(name.startswith(prefix) for name in tensors) >= 0.8 * len(tensors)
+    most = lambda prefix: sum(name.startswith(prefix) for name in tensors) >= max(1, 0.8 * len(tensors))
     while prefix := next(filter(most, PREFIXES), ""):
         outside |= {name for name in tensors if not name.startswith(prefix)}
         inside = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -415,6 +415,8 @@ def read_folder(path: Path) -> Weights:
         needed = "a folder must hold config.json and model.safetensors, as on the Hugging Face hub"
         invalid("weights", path.name, needed)
     tensors, _ = find_weights(read_content(files[0])[0])
+    if not tensors:
+        invalid("weights", path.name, f"{files[0].name} holds no weights of a network")
     spec = _hub_normalisation(config, preprocessor)
     if name := config.get("architecture"):  # timm's own
         spec["architecture"] = name
