@@ -258,10 +258,10 @@ def random_per_class(
     return images.subset(index, method="random", ipc=n, seed=seed)
 
 # %% ../nbs/00_data.ipynb #cell-e6dddc
-def rank_within(labels: Int[Tensor, " n"], classes: int) -> Int[Tensor, " n"]:
+def rank_within(labels: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
     "How many earlier entries have the same label."
-    order, counts = labels.argsort(stable=True), torch.bincount(labels, minlength=classes)
-    first = (counts.cumsum(0) - counts)[labels[order]]  # where the label of each place begins
+    order = labels.argsort(stable=True)
+    first = torch.searchsorted(labels[order], labels[order])  # where the label of each place begins
     return torch.arange(len(labels), device=labels.device).sub(first)[order.argsort()]
 
 # %% ../nbs/00_data.ipynb #cell-27

@@ -477,7 +477,7 @@ def frechet_at(
     "Mean `class_frechet` of `each` images per class of `a`, drawn at random: fair to sets of any size."
     def drawn() -> float:
         rows = torch.randperm(len(labels_a), device=labels_a.device)
-        rows = rows[rank_within(labels_a[rows], int(labels_a.max()) + 1) < each]
+        rows = rows[rank_within(labels_a[rows]) < each]
         return class_frechet(a[rows], labels_a[rows], b, labels_b, directions)
 
     directions = principal_directions(b) if directions is None else directions

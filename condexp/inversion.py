@@ -587,7 +587,7 @@ class NoisyLayerGenerator(PerBatchGenerator):
 
     def begin(self, targets):
         classes, numbers = self.embeddings.shape
-        count, rank = -(-len(targets) // classes), rank_within(targets, classes)
+        count, rank = -(-len(targets) // classes), rank_within(targets)
         self.targets, self.which = targets, rank % count
         self.layers = torch.randn(count, numbers, self.nz, device=self.fabric.device).requires_grad_()
         surplus = (rank >= count).float() * math.sqrt(numbers)  # in an unbalanced batch

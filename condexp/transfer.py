@@ -96,7 +96,7 @@ class FilterState:
 
     def add(self, frames: UInt8[Tensor, "n c h w"], predicted: Int[Tensor, " n"]) -> int:
         "Keep, of some candidates, those that have room in their class and altogether; how many that were."
-        fits = rank_within(predicted, len(self.room)) < self.room[predicted]
+        fits = rank_within(predicted) < self.room[predicted]
         keep = fits.nonzero().flatten()[: self.missing]
         self.room = self.room - torch.bincount(predicted[keep], minlength=len(self.room))
         self.predicted = self.predicted + torch.bincount(predicted, minlength=len(self.room))
