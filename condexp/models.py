@@ -362,8 +362,8 @@ class AtLayer(Classifier):
         features = seen[0][1]
         if features.ndim == 4:  # the two equal sides are height and width: images are square
             a, b, c = features.shape[1:]
-            unclear = "NHWC" in str(getattr(self.backbone, "output_fmt", ""))  # as timm's Swin has it
-            last = unclear if a == b == c else a == b
+            said = "NHWC" in str(getattr(self.backbone, "output_fmt", ""))  # as timm's Swin has it
+            last = said if a == b == c else a == b
             features = features.mean((1, 2) if last else (2, 3))
         return features.mean(1) if features.ndim == 3 else features, logits
 
