@@ -286,6 +286,8 @@ if ARCHIVE and SIZE == "cpu":  # a student of another family; the weight is that
     for seed in range(3):
         more = f"-p arms mixed,expanded,full {BENCHES['mobilenet']['alignment']}"
         RUNS[f"trial-mobilenet-ipc10-seed{seed}"] = ("run_kd", bench_run("mobilenet", 10, seed, more))
+        alone = bench_run("mobilenet", 10, seed, "-p arms inversion")
+        RUNS[f"trial-mobilenet-ipc10-inversion-seed{seed}"] = ("run_kd", alone)
     more = "-p inversion fast -p images 8000 -p arms mixed,full"  # which leaves no room
     RUNS["trial-mobilenet-fast-seed0"] = ("run_kd", bench_run("mobilenet", 10, 0, more))
 for seed in range(5):  # and a slow inversion, so of fewer images
