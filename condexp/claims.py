@@ -132,6 +132,7 @@ PAIRS = {"wrn": "", "convnet": ", ConvNet student"}
 MAIN_RUNS = {f"kd-{m}-{p}-dm10-*": name + end for m, name in NAMED.items() for p, end in PAIRS.items()}
 BN = "Fast without BatchNorm term"
 MAIN_RUNS |= {"kd-fast-vit-dm10-*": "Fast, ViT teacher", "kd-fast_bn0-wrn-dm10-*": BN}
+MAIN_RUNS["other_teacher-pre_dfkd-wrn-dm10-*"] = "PRE-DFKD, another teacher"  # and earlier code
 COMPARED = {files: (setting, "paper_a_main") for files, setting in MAIN_RUNS.items()}  # and the page
 COMPARED["first-run-*"] = "Fast, MNIST", "paper_first_run"
 TRIALS = {"cifar": "trial: CIFAR-10", "hundred": "trial: 100 classes"}
@@ -439,7 +440,7 @@ def by_setting(part: pd.DataFrame, most: int = 5) -> str:
     bounds = [number(r) for r in part.sort_values("difference").iloc[[0, -1]].itertuples()]
     ends = {"above": part.low > 0, "below": part.high < 0}
     counts = [
-        f"significantly {where} zero in {found.sum()}, in {(found & part.stands).sum()} after correction"
+        f"significantly {where} zero in {found.sum()} ({(found & part.stands).sum() or 'none'} after correction)"
         for where, found in ends.items()
         if found.any()
     ]

@@ -290,14 +290,15 @@ def paired_table(
     return table.drop(columns=["error", "p"]).rename(columns=words).style.format(precision=2).hide()
 
 # %% ../nbs/11_records.ipynb #cell-703796
-def points(value: float) -> str:
+def points(value: float, digits: int = 1) -> str:
     "A difference as it is read."
-    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
+    return f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else "0.0"
 
 # %% ../nbs/11_records.ipynb #cell-e160a5
 def interval_text(test: dict) -> str:
     "A mean difference of `paired` with its 95 % interval, which a single seed does not have."
-    ends = " to ".join(map(points, interval(test)))
+    end = lambda value: points(value, 1 if round(value, 1) else 2)  # its sign counts: +0.03, not 0.0
+    ends = " to ".join(map(end, interval(test)))
     return points(test["difference"]) + (f" ({ends})" if test["seeds"] > 1 else "")
 
 # %% ../nbs/11_records.ipynb #cell-26
