@@ -439,8 +439,9 @@ def by_setting(part: pd.DataFrame, most: int = 5) -> str:
         return "; ".join(f"{r.setting} {number(r)}" for r in part.itertuples())
     bounds = [number(r) for r in part.sort_values("difference").iloc[[0, -1]].itertuples()]
     ends = {"above": part.low > 0, "below": part.high < 0}
+    after = lambda found: f"{(found & part.stands).sum() or 'none'} after correction"
     counts = [
-        f"significantly {where} zero in {found.sum()} ({(found & part.stands).sum() or 'none'} after correction)"
+        f"significantly {where} zero in {found.sum()} ({after(found)})"
         for where, found in ends.items()
         if found.any()
     ]
