@@ -224,6 +224,7 @@ BENCHES = {
             scale="-p inversion pre_dfkd -p precision 32 -p epochs 40 -p steps 100 -p batch_size 64 -p images 4000",
             alignment="-p alignment_ratio 0.3",
         ),
+        "size32": dict(data=DATA, teacher="wrn_16_2", student="wrn_16_1", size=32, scale=""),  # for Paper B's sets
     },
     "gpu": {
         "cifar": dict(  # a million images
@@ -302,9 +303,9 @@ for seed in range(5):  # and a slow inversion, so of fewer images
         RUNS[f"{PREFIX}trial-{kind}cifar-pre_dfkd-seed{seed}"] = ("run_kd", bench_run("cifar", 10, seed, f"{more} {given}"))
 
 
-def add_transfer(notebook, name, surrogate, seed, more, teacher=None):
-    student = BENCHES[SCALE["transfer_bench"]]["student"]
-    teacher = teacher or teacher_of(SCALE["transfer_bench"], seed)
+def add_transfer(notebook, name, surrogate, seed, more, teacher=None, bench=SCALE["transfer_bench"]):
+    student = BENCHES[bench]["student"]
+    teacher = teacher or teacher_of(bench, seed)
     given = f"-p surrogate {surrogate} -p programs {SCALE['programs']} -p budget {SCALE['budget']} -p seed {seed}"
     RUNS[f"{PREFIX}{name}-seed{seed}"] = (
         notebook,
@@ -351,6 +352,15 @@ for seed in range(SCALE["seeds"]):
             for epochs in SCALE["patience"]:
                 more = f"{MANY} -p epochs {epochs}"  # which wins over the transfer's own
                 add_transfer("run_surrogate", f"patience-{name}-{teacher}-{epochs}", name, seed, more, teacher)
+if NAME == "cpu":
+    for seed in range(3):  # the main table and its augmentation at 32 pixels, with wider and deeper networks and one teacher
+        wider = dict(teacher=teacher_of("size32", 0), bench="size32")
+        for name in ("original", "other-out", "shaders", "leaves", "noise"):
+            surrogate, given = (OTHER, f"{MANY} -p part out") if name == "other-out" else (name, MANY)
+            add_transfer("run_surrogate", f"size32-surrogate-{name}", surrogate, seed, f"{given} -p size 32", **wider)
+            if name in ("original", "shaders"):
+                more = f"{given} -p size 32 -p augmentation none -p mixup False"
+                add_transfer("run_surrogate", f"size32-ablation-{name}-none", surrogate, seed, more, **wider)
 DIGIT_SETS = dict(original="original", photographs=DATA, shaders="shaders", leaves="leaves", noise="noise", single_image="single_image")
 DIGIT_SCALE = "-p epochs 40 -p budget 10"
 if NAME == "cpu":
