@@ -260,6 +260,11 @@ class PaperAttackSettings(AttackSettings):
     epsilon: float = 32 / 255  # how far a pixel may move
     threshold: float = 0.9  # of the teacher's confidence in either image of a pair
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not (self.epsilon > 0 and 0 < self.threshold <= 1):
+            invalid("epsilon, threshold", f"{self.epsilon}, {self.threshold}", "epsilon > 0; 0 < threshold <= 1")
+
     def direction(self, slope):
         return slope.sign()
 
@@ -410,7 +415,7 @@ def attacked_set(
             goals = target_classes(predicted, len(teacher.spec.classes), targets)
         state = attack_batches(images, goals, teacher, fabric, settings, batch_size, checkpoint)
         if not state.crossed.sum():
-            missed = "no image reached another class: allow more, or a longer first step"
+            missed = "no image reached another class: allow more, a longer first step, or a larger epsilon"
             invalid("attack_steps", settings.steps, missed)
         return made_by(state, goals, teacher, fabric)
 

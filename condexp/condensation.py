@@ -769,7 +769,7 @@ PUBLISHED_STATISTICS = {  # mean, std: what the DC, DSA, DM and MTT code normali
     "cifar100": ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),  # and its subsets
 }
-NORMALISATIONS = ("auto", "none", "standard", "zca", *PUBLISHED_STATISTICS)
+NORMALISATIONS = ("auto", "none", "standard", "zca", "own", *PUBLISHED_STATISTICS)
 
 # %% ../nbs/04_condensation.ipynb #nearest
 def nearest_statistics(train: ImageSet) -> str:
@@ -857,7 +857,7 @@ def label_agreement(condensed: ImageSet, train: ImageSet, most: int = 2000) -> t
 
 # %% ../nbs/04_condensation.ipynb #check-order
 def check_class_order(name: str, condensed: ImageSet, train: ImageSet) -> dict[str, float]:
-    "Warn where labels agree with real images hardly more often than by chance; the percentages."
+    "Warn where labels agree with real images less than halfway from chance; the percentages."
     agreement, real = label_agreement(condensed, train)
     chance = 100 / train.num_classes
     if agreement < (chance + real) / 2:

@@ -53,8 +53,7 @@ class ImageSource:
 
     def image_seconds(self, made: ImageSet) -> float:
         "How long an image of a larger set takes, by a small one; warming up is not counted again."
-        learns = self.inversion and INVERSIONS[self.inversion].synthesizer.func.learns
-        thrown = WARMUP_IMAGES if learns else 0
+        thrown = WARMUP_IMAGES if self.inversion and INVERSIONS[self.inversion].learns else 0
         examined = made.provenance["examined"]
         return made.provenance["seconds"] / len(made) * examined / (examined + thrown)
 
@@ -205,7 +204,7 @@ def make_plan(
     image_seconds: float,
     step_seconds: float,
     images: int = 0,  # wanted; 0: as many as fit
-    minutes: float = 0,  # that images and student may take; 0: what usually suffices, at most PATIENCE
+    minutes: float = 0,  # that both may take; 0: what usually suffices, at most PATIENCE unless `images`
     batch_size: int = 64,
 ) -> Plan:
     "Images and steps that fit the time."

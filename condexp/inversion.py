@@ -733,6 +733,12 @@ class Recipe:
         check_terms(self.name, self.terms)
 
     @property
+    def learns(self) -> bool:
+        "Whether its generator learns from batch to batch, so that warming up pays."
+        maker = getattr(self.synthesizer, "func", self.synthesizer)  # of a partial, or a class
+        return getattr(maker, "learns", False)
+
+    @property
     def views(self) -> list[Augment]:
         "How each view of an image is made."
         return [self.augment] if self.local is None else [self.augment, self.local]

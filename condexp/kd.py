@@ -229,8 +229,7 @@ class Distillation:
 # %% ../nbs/07_kd.ipynb #kept-1
 def kept_warmup(settings: Distillation) -> int:
     "Batches of the warm-up that join the synthetic set: only a generator that learns makes some."
-    maker = inversion_recipe(settings.inversion, settings.term_weights).synthesizer
-    learns = getattr(getattr(maker, "func", maker), "learns", False)  # of a partial, or a class
+    learns = inversion_recipe(settings.inversion, settings.term_weights).learns
     return settings.warmup if settings.keep_warmup and learns else 0
 
 # %% ../nbs/07_kd.ipynb #bs-02
@@ -291,7 +290,7 @@ def student_loss(
     settings: Distillation,
     fabric: Fabric,
 ) -> Float[Tensor, ""]:
-    "What a student that should answer as the teacher does loses in one pass, on average."
+    "The distillation loss of one forward pass, mean over the batch."
     with torch.no_grad(), fabric.autocast(), batch_statistics(teacher, settings.batch_statistics):
         wanted = teacher(labelled)
     if settings.labels == "hard":
