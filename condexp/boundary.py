@@ -263,7 +263,8 @@ class PaperAttackSettings(AttackSettings):
     def __post_init__(self):
         super().__post_init__()
         if not (self.epsilon > 0 and 0 < self.threshold <= 1):
-            invalid("epsilon, threshold", f"{self.epsilon}, {self.threshold}", "epsilon > 0; 0 < threshold <= 1")
+            given = f"{self.epsilon}, {self.threshold}"
+            invalid("epsilon, threshold", given, "epsilon > 0; 0 < threshold <= 1")
 
     def direction(self, slope):
         return slope.sign()
