@@ -6,11 +6,12 @@
 __all__ = ['NAMED', 'PAIRS', 'MAIN_RUNS', 'BN', 'COMPARED', 'TRIALS', 'SLOW', 'OTHER_FAMILY', 'WRN_PAIR', 'UNLIKE', 'MIXING',
            'A1', 'PER_CLASS', 'TWO_TERMS', 'ALIGNING', 'DISCRIMINATOR', 'ORACLES', 'FULL', 'EARLIER', 'CHOSEN',
            'TRIAL_ROOM', 'A2', 'HARDER', 'WHOLE', 'GAINS', 'A12', 'TOLD', 'A3', 'KINDS', 'SINGLE', 'OTHER_NUMBERS',
-           'MTT', 'BEST', 'ALONE', 'FEW_IMAGES', 'PAPER_A', 'NEXT', 'B1', 'ABLATION', 'NORMAL', 'B3', 'POOR', 'BALANCE',
-           'DIGITS', 'THEIRS', 'B6', 'TEACHERS', 'B7', 'FROM_BOUNDARY', 'THIRDS', 'PAPER_B', 'CLAIMS', 'LOOK', 'Runs',
-           'read_rows', 'pairs', 'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'has_number', 'of_two_terms',
-           'aligning', 'told_class', 'few_images', 'order_of_sets', 'ablation', 'attack', 'attack_mnist', 'longer',
-           'margin', 'counted', 'by_setting', 'opening', 'claims_table', 'short_table', 'plot_claims']
+           'MTT', 'BEST', 'ALONE', 'FEW_IMAGES', 'PAPER_A', 'NEXT', 'B1', 'ABLATION', 'NORMAL', 'B3', 'AGAIN', 'POOR',
+           'BALANCE', 'DIGITS', 'THEIRS', 'B6', 'TEACHERS', 'B7', 'FROM_BOUNDARY', 'THIRDS', 'PAPER_B', 'CLAIMS',
+           'LOOK', 'Runs', 'read_rows', 'pairs', 'accuracies', 'Claim', 'judge', 'judged', 'of_arms', 'has_number',
+           'of_two_terms', 'aligning', 'told_class', 'few_images', 'order_of_sets', 'ablation', 'attack',
+           'attack_mnist', 'longer', 'margin', 'counted', 'by_setting', 'opening', 'claims_table', 'short_table',
+           'plot_claims']
 
 # %% ../nbs/17_claims.ipynb #cell-02
 import math
@@ -327,6 +328,7 @@ def order_of_sets(
 B1 = [
     *order_of_sets("CIFAR-10", "surrogate-"),
     *order_of_sets("CIFAR-10, five times the steps", "longer-"),
+    *order_of_sets("CIFAR-10, 32 px", "size32-surrogate-"),
     *order_of_sets("MNIST", "mnist-surrogate-", photographs="photographs", as_paper=False),
 ]
 
@@ -353,10 +355,15 @@ def ablation(setting: str, kind: str = "shaders", files: str = "", as_paper: boo
 NORMAL = ("B5", "normal augmentation and mixup help")
 B3 = [*ablation("shaders"), *ablation("original images", "original")]
 B3 += [claim for claim in ablation("shaders, MNIST", files="mnist-", as_paper=False) if claim.name != "B4"]
+AGAIN = {  # setting: the files of students with augmentation and mixup, and without
+    "five times the steps": ("longer-{}-*", "longer_none-{}-*"),
+    "32 px": ("size32-surrogate-{}-*", "size32-ablation-{}-none-*"),
+}
 _, _, *_papers = ABLATION[NORMAL]
 for kind, name, paper in zip(("shaders", "original"), ("shaders", "original images"), _papers, strict=True):
-    runs = (Runs(f"{files}-{kind}-*") for files in ("longer", "longer_none"))
-    B3 += [Claim(*NORMAL, f"{name}, five times the steps", *runs, paper, "paper_b_ablation", None)]
+    for setting, files in AGAIN.items():
+        runs = (Runs(of.format(kind)) for of in files)
+        B3 += [Claim(*NORMAL, f"{name}, {setting}", *runs, paper, "paper_b_ablation", None)]
 
 # %% ../nbs/17_claims.ipynb #b6-2
 POOR, BALANCE = "the attack improves a poor set", "more than the filter reaches without it"

@@ -16,7 +16,6 @@ SHOWN = {  # the id of a cell: the page whose output it is, and how that begins
     "claims": ("paper_claims", "| | claim | paper | ours, by setting"),
     "found-a": ("paper_claims", "**Paper A.**"),
     "found-b": ("paper_claims", "**Paper B.**"),
-    "found-c": ("paper_claims", "**Beyond.**"),
 }
 
 
