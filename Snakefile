@@ -353,7 +353,7 @@ for seed in range(SCALE["seeds"]):
                 more = f"{MANY} -p epochs {epochs}"  # which wins over the transfer's own
                 add_transfer("run_surrogate", f"patience-{name}-{teacher}-{epochs}", name, seed, more, teacher)
 if NAME == "cpu":
-    for seed in range(3):  # the main table and its augmentation at 32 pixels, with wider and deeper networks and one teacher
+    for seed in range(3):  # the main table, its augmentation and the attack at 32 pixels, with larger networks and one teacher
         wider = dict(teacher=teacher_of("size32", 0), bench="size32")
         for name in ("original", "other-out", "shaders", "leaves", "noise"):
             surrogate, given = (OTHER, f"{MANY} -p part out") if name == "other-out" else (name, MANY)
@@ -361,6 +361,7 @@ if NAME == "cpu":
             if name in ("original", "shaders"):
                 more = f"{given} -p size 32 -p augmentation none -p mixup False"
                 add_transfer("run_surrogate", f"size32-ablation-{name}-none", surrogate, seed, more, **wider)
+        add_transfer("run_boundary", "size32-boundary-noise", "noise", seed, "-p images 500 -p size 32", **wider)
 DIGIT_SETS = dict(original="original", photographs=DATA, shaders="shaders", leaves="leaves", noise="noise", single_image="single_image")
 DIGIT_SCALE = "-p epochs 40 -p budget 10"
 if NAME == "cpu":
