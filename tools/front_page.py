@@ -14,8 +14,8 @@ SHOWN = {  # the id of a cell: the page whose output it is, and how that begins
     "expected": ("paper_first_run", "| students of five seeds"),
     "guide": ("paper_datafree", "| you have"),
     "claims": ("paper_claims", "| | claim | paper | ours, by setting"),
-    "found-a": ("paper_claims", "**Paper A.**"),
-    "found-b": ("paper_claims", "**Paper B.**"),
+    "found-a": ("paper_claims", "* **Paper A,"),
+    "found-b": ("paper_claims", "* **Paper B,"),
 }
 
 
@@ -26,12 +26,15 @@ def moved(text: str, old: str, new: str) -> str:
 
 
 def part_of(page: str, beginning: str) -> str:
-    "A table, or a paragraph, that an executed page shows."
+    "A table that an executed page shows, or all its paragraphs that begin so."
     cells = json.loads((ROOT / f"reports/{page}.ipynb").read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     texts = ["".join(output.get("data", {}).get("text/markdown", "")) for output in outputs]
-    (found,) = {part for text in texts for part in text.split("\n\n") if part.startswith(beginning)}
-    return moved(found.strip(), "reports", "nbs")
+    parts = (part.strip() for text in texts for part in text.split("\n\n"))
+    found = dict.fromkeys(part for part in parts if part.startswith(beginning))
+    if not found:
+        raise ValueError(f"{page} shows nothing that begins with {beginning!r}")
+    return moved("\n\n".join(found), "reports", "nbs")
 
 
 def filled() -> dict:
