@@ -390,6 +390,12 @@ SMOKE = {  # every run notebook, tiny
     " -p proxy_steps 20 -p student wrn_10_1 -p output runs/smoke/made",
 }
 
+EXAMPLES = {  # every run notebook to read, on MNIST; the first is the README's main job
+    "run_kd": "-p ipc 10 -p record reports/records/first-run-seed0.json",
+    "run_condense": "-p ipc 1",
+    "run_datafree": "-p teacher runs/mnist-wrn_16_1-0-0.safetensors -p dataset mnist5k",
+} | dict.fromkeys(("run_alignment", "run_surrogate", "run_boundary", "run_quality", "run_teacher"), "")
+
 CARDS, SHARE = int(config.get("cards", 1)), int(config.get("share", 1))
 FREE = (  # a lock for each place on each card, held as long as the run lasts: a run takes the first that is free
     f"for g in $(seq 0 {CARDS * SHARE - 1}); do exec 9> runs/place$g.lock; "
@@ -408,7 +414,7 @@ DRAWN = [f"reports/paper_{page}.ipynb" for page in [*TABLES, "claims", "a_images
 
 rule all:
     input:
-        TINY if NAME == "smoke" else DRAWN,
+        TINY if NAME == "smoke" else DRAWN + [f"reports/{name}.ipynb" for name in EXAMPLES if NAME == "cpu"],
 
 
 rule trial:
@@ -484,6 +490,21 @@ rule table:  # drawn from all records that are there
         "runs/paper_{table}.log",
     shell:
         PAPERMILL + " nbs/paper_{wildcards.table}.ipynb {output} -p profile '{PREFIX}'" + LOGGED
+
+
+rule example:
+    input:
+        lambda w: made_before(EXAMPLES[w.notebook]),
+    output:
+        "reports/{notebook,run_.*}.ipynb",
+    log:
+        "runs/{notebook}.log",
+    params:
+        parameters=lambda w: f"-p record reports/records/{w.notebook}.json {EXAMPLES[w.notebook]}",
+    resources:
+        **NEEDS,
+    shell:
+        PAPERMILL + " nbs/{wildcards.notebook}.ipynb {output} {params.parameters}" + LOGGED
 
 
 rule features:

@@ -154,6 +154,15 @@ def test_where_a_figure_is_drawn_the_committed_notebook_has_its_picture(path):
             assert pictures, cell["id"]
 
 
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if (ROOT / "reports" / p.name).exists()], ids=lambda p: p.stem)
+def test_an_executed_notebook_has_the_cells_of_its_source(path):
+    sources, executed = (
+        {c["id"]: "".join(c["source"]) for c in json.loads(p.read_text())["cells"]}
+        for p in (path, ROOT / "reports" / path.name)
+    )
+    assert [name for name in sources if sources[name] != executed.get(name)] == [], "run it again, see reports/README.md"
+
+
 def test_readme_and_front_page_say_what_the_executed_pages_say():
     notebook = front_page.filled()
     assert notebook == json.loads(front_page.INDEX.read_text()), "run python tools/front_page.py"
