@@ -129,6 +129,8 @@ class ImageSet(_Facts):
     def __post_init__(self):
         images, labels = torch.as_tensor(self.images), torch.as_tensor(self.labels)
         object.__setattr__(self, "images", images)
+        for name in ("classes", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "labels", labels if labels.is_floating_point() else labels.long())
         _check_images(self.images)
         _check_labels(self.labels, len(images), len(self.classes))
@@ -139,10 +141,14 @@ class ImageSet(_Facts):
         x = self.images if index is None else self.images.index_select(0, index.to(self.images.device))
         return x.float().div_(255) if x.dtype == torch.uint8 else x.float()
 
-    def subset(self, index: Int[Tensor, " b"] | Sequence[int], **provenance) -> "ImageSet":
-        "The images `index` in that order; keywords are added to the provenance."
-        index = torch.as_tensor(index, dtype=torch.long, device=self.images.device)
-        images, labels = self.images[index], self.labels[index]
+    def subset(self, index: Tensor | Sequence[int] | Sequence[bool], **provenance) -> "ImageSet":
+        "The images at the places `index`, in that order, or of a mask; keywords are added to the provenance."
+        index = torch.as_tensor(index, device=self.images.device)
+        if index.dtype == torch.bool:
+            if len(index) != len(self):
+                invalid("index", f"a mask of {len(index)}", f"the set has {len(self)} images")
+            index = index.nonzero().flatten()
+        images, labels = self.images[index.long()], self.labels[index.long()]
         return replace(self, images=images, labels=labels, provenance=self.provenance | provenance)
 
     def to(self, device: torch.device | str) -> "ImageSet":
@@ -196,6 +202,9 @@ def show_images(
     names: Sequence[str] = (),  # a name for each column
 ) -> Figure:
     "A table of images, row by row; as the last line of a cell it is shown."
+    if not len(images):
+        invalid("images", "empty", "there is nothing to show")
+    check_int("columns", columns, 1)
     x = (images.images if isinstance(images, ImageSet) else images).detach().cpu()
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float().clamp(0, 1)
     columns, step = min(columns, len(x)), x.shape[-1] + 1
@@ -239,6 +248,8 @@ def validation_split(
     fraction: float = 0.1,  # of each class
 ) -> tuple[ImageSet, ImageSet]:  # (rest, validation split)
     "A part of the training images, always the same: settings are chosen on it, never on the test."
+    if not 0 < fraction < 1:
+        invalid("fraction", fraction, "it must be above 0 and below 1")
     rest, held = _hold_out(train.hard_labels, fraction)
     return train.subset(rest, part="train less validation split"), train.subset(held, part="validation split")
 
@@ -595,14 +606,18 @@ def _refusing(parameter: str, dataset: str, load: Callable):
     invalid(parameter, dataset, problem)
 
 # %% ../nbs/00_data.ipynb #cell-2cbdf2
+def _check_size(size: int) -> None:
+    if type(size) is not int or not (size == 0 or 4 <= size <= 512):
+        invalid("size", size, "it must be 0 (the set's own size) or a whole number from 4 to 512")
+
+
 def load_splits(
     dataset: str,  # mnist5k, digits, a torchvision name, or the path of a folder or archive of class folders
     size: int = 0,  # pixels; 0 = the set's own
     device: torch.device | str = "cpu",
 ) -> Splits:
     "Train and test images, decoded once and cached; what cannot be used is refused in one sentence."
-    if type(size) is not int or not (size == 0 or 4 <= size <= 512):
-        invalid("size", size, "it must be 0 (the set's own size) or a whole number from 4 to 512")
+    _check_size(size)
     dataset = str(dataset)
     if not known_dataset(dataset):
         allowed = f"it must be one of {', '.join(NAMES)}, or the path of a folder or archive of class folders"
@@ -642,6 +657,7 @@ def load_images(
     parameter: str = "dataset",  # what the user calls it
 ) -> ImageSet:
     "Images whatever they show: the training part of a set that has a test part, or else all."
+    _check_size(size)
     if _named(dataset):
         return load_splits(dataset, size).train
     path = _existing(dataset, parameter)

@@ -9,7 +9,7 @@ __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'BATCHES', 'AT_LEAST',
            'estimate_statistics', 'student_loss', 'student_step', 'StudentTraining', 'teacher_set', 'balanced_targets',
            'Synthesis', 'RealImages', 'check_alignment', 'make_synthesis', 'share', 'Distiller', 'measure_of',
            'timed_epoch', 'pool_quality', 'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method',
-           'distil']
+           'truncate', 'check_kind', 'check_source', 'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
 import math
@@ -36,7 +36,8 @@ from .data import ImageSet, Splits, pack, unpack
 from .discriminator import alignment_settings, class_frechet, class_mmd, class_variance, frechet_at
 from .discriminator import make_alignment, principal_directions
 from .inversion import Inverter, batchnorm_layers, inversion_recipe, suited
-from .models import Classifier, at_layer, fingerprint, freeze, load_classifier, make_classifier
+from .models import Classifier, at_layer, check_model, fingerprint, freeze, load_classifier
+from .models import make_classifier
 from .models import save_classifier
 from .training import Schedule, Stream, accuracy, captured, check_devices, check_finite, fixed_subset
 from .training import fresh_scale, on_device, on_devices, onecycle, precision_of
@@ -675,6 +676,30 @@ def load_method(path: Path, fabric: Fabric) -> MethodResult:
     numbers = {f.name: meta[f.name] for f in fields(MethodResult) if f.name in meta}
     return MethodResult(**numbers, student=student.eval(), pool=pool)
 
+# %% ../nbs/07_kd.ipynb #kind-2
+def truncate(value) -> str:
+    "A long tuple cut to its length and first entries."
+    if not isinstance(value, tuple) or len(value) <= 4:
+        return str(value)
+    return f"({len(value)}: {', '.join(value[:4])}, ...)"
+
+
+def check_kind(name: str, images: ImageSet, teacher: Classifier) -> None:
+    "Refuse images that are not of the teacher's channels, size and classes."
+    for what in ("channels", "size", "classes"):
+        has, wanted = getattr(images, what), getattr(teacher.spec, what)
+        if has != wanted:
+            invalid(name, f"of {what} {truncate(has)}", f"the teacher's are {truncate(wanted)}")
+
+
+def check_source(method: Method, sources: dict[str, ImageSet], teacher: Classifier) -> ImageSet:
+    "The images that a method needs; refused if there are none, or if they are not of the teacher's kind."
+    images = sources.get(method.source)
+    if images is None or not len(images):
+        invalid("sources", ", ".join(sources), f"images called {method.source!r} are needed")
+    check_kind(f"sources[{method.source!r}]", images, teacher)
+    return images
+
 # %% ../nbs/07_kd.ipynb #cell-49
 def distil(
     name: str,  # a key of METHODS
@@ -688,7 +713,9 @@ def distil(
 ) -> MethodResult:
     "Distil a student by one method; loaded if it was done before, continued if it was begun."
     method = METHODS[check_choice("method", name, METHODS)]
-    transfer = sources[method.source] if method.source else None
+    check_model("student", student_name, teacher.spec.channels, teacher.spec.size)
+    transfer = check_source(method, sources, teacher) if method.source else None
+    check_kind("splits", splits.test, teacher)
     used = dict(teacher=fingerprint(teacher), test=splits.test.fingerprint)
     used |= dict(transfer=transfer.fingerprint) if method.source else {}
     used |= dict(yardstick=splits.train.fingerprint) if method.pool else {}

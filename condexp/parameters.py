@@ -14,7 +14,7 @@ __all__ = ['Check', 'EVALUATE', 'PATHS', 'CHECKS', 'text', 'at_least', 'positive
 # %% ../nbs/12_parameters.ipynb #cell-02
 import json
 import math
-import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -70,6 +70,8 @@ def names(name: str, value) -> list[str]:
     "The parts of a list or of a comma-separated text, each once."
     parts = value if isinstance(value, list | tuple) else text(name, value).strip("[]()").split(",")
     parts = [str(part).strip(" \t\"'") for part in parts]
+    if not parts:
+        invalid(name, value, "it must name at least one")
     if any(" " in part for part in parts):
         invalid(name, value, f"names have commas between them: {','.join(' '.join(parts).split())}")
     return list(dict.fromkeys(parts))
@@ -101,8 +103,10 @@ def writable(name: str, path: Path, folder: bool) -> None:
         invalid(name, str(path), f"{found.name} is a file: it must be a folder")
     if path.is_dir() and not folder:
         invalid(name, str(path), "it is a folder: it must be a file")
-    if not os.access(found, os.W_OK):
-        invalid(name, str(path), f"{found} cannot be written to")
+    try:  # to write, since root may do all that permissions forbid, and yet not everything
+        tempfile.TemporaryFile(dir=found if found.is_dir() else found.parent).close()
+    except OSError as error:
+        invalid(name, str(path), f"{found} cannot be written to ({error.strerror})")
 
 # %% ../nbs/12_parameters.ipynb #cell-e4e7e5
 def file_or_empty(suffix: str) -> Check:

@@ -10,10 +10,10 @@ __all__ = ['STATE_DICT', 'NESTED', 'PREFIXES', 'LEFT_OVER', 'FAMILIES', 'MOST', 
            'file_classes', 'ordered_names', 'convention', 'normalisation', 'class_list', 'named_architectures',
            'renamed', 'choose_architecture', 'refuse_architecture', 'Imported', 'read_weights', 'Stated',
            'from_weights', 'fill', 'needed_size', 'from_program', 'program_notes', 'existing', 'program_file',
-           'own_file', 'import_teacher', 'random_crops', 'neutral_images', 'batch_norms', 'first_input',
-           'statistics_distance', 'normalised_by', 'normalisation_distances', 'doubted', 'logits_of', 'on_noise',
-           'best_order', 'on_labels', 'multiply_adds', 'TeacherCard', 'teacher_card', 'card_rows', 'card_markdown',
-           'card_figure']
+           'own_file', 'called', 'bring', 'check_answers', 'import_teacher', 'random_crops', 'neutral_images',
+           'batch_norms', 'first_input', 'statistics_distance', 'normalised_by', 'normalisation_distances', 'doubted',
+           'logits_of', 'on_noise', 'best_order', 'on_labels', 'multiply_adds', 'TeacherCard', 'teacher_card',
+           'card_rows', 'card_markdown', 'card_figure']
 
 # %% ../nbs/14_teachers.ipynb #cell-02
 import difflib
@@ -585,7 +585,8 @@ def refuse_architecture(weights: Weights, architecture: str, fits: list[Fit], si
         likely = f"the likeliest is {best.name}, {best.share:.0%} of it is the same"
     if not architecture:
         some, why = ", ".join(list(weights.tensors)[:3]), f" ({best})" if best else ""
-        invalid("architecture", "", f"the weights ({some}, ...) fit none that was tried; {likely}{why}")
+        own = "bring a network of your own as a program, by torch.export.save (with -p size)"
+        invalid("architecture", "", f"the weights ({some}, ...) fit none that was tried; {likely}{why}; {own}")
     worst = max(fits, key=lambda f: f.share)
     invalid("architecture", architecture, f"the weights do not fit it ({worst}); {likely}")
 
@@ -739,7 +740,9 @@ def program_file(path: Path, kind: str, stated: Stated) -> bytes | nn.Module:
         return content
     size = needed_size(stated)
     try:
-        return from_onnx(content) if kind == "onnx" else from_torchscript(content, stated.channels or 3, size)
+        if kind == "onnx":
+            return from_onnx(content, path.parent)
+        return from_torchscript(content, stated.channels or 3, size)
     except ProgramError as error:
         invalid("weights", path.name, str(error))
 
@@ -758,6 +761,42 @@ def own_file(path: Path, stated: Stated) -> Imported:
     spec = replace(spec, classes=names, mean=how[0], std=how[1])
     return Imported(freeze(Classifier(spec, model.backbone)), ("a teacher file of this library", *how[2]))
 
+# %% ../nbs/14_teachers.ipynb #bring-1
+def called(weights: str | Path | nn.Module | Callable) -> str:
+    "What a refusal calls a network that is brought."
+    return getattr(weights, "__name__", type(weights).__name__) if callable(weights) else Path(weights).name
+
+
+def bring(weights: str | Path | nn.Module | Callable, stated: Stated) -> Imported:
+    "The classifier in whatever somebody has."
+    kind = "callable" if callable(weights) else file_kind(existing(weights))
+    if stated.architecture and kind in ("callable", *PROGRAMS):
+        invalid("architecture", stated.architecture, "a whole program has none by name: leave it empty")
+    if kind == "callable":
+        network = weights.module if isinstance(weights, nn.DataParallel) else weights
+        return from_program(network, stated, called(network))
+    path = Path(weights)
+    if kind in PROGRAMS:
+        return from_program(program_file(path, kind, stated), stated, path.name)
+    if kind == "":
+        known = "weights of torch, safetensors, TorchScript, torch.export, ONNX, a hub folder"
+        invalid("weights", path.name, f"it is no network ({known})")
+    if kind == "safetensors" and "condexp" in read_safetensors(path)[1]:
+        return own_file(path, stated)
+    return from_weights(read_weights(path), stated)
+
+# %% ../nbs/14_teachers.ipynb #answers-2
+def check_answers(model: Classifier, name: str) -> None:
+    "Refuse a network whose logits for random images are not finite."
+    spec = model.spec
+    x = torch.rand(2, spec.channels, spec.size, spec.size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = model(x)
+    if not logits.isfinite().all():
+        found = (n for n, t in model.state_dict().items() if t.is_floating_point() and not t.isfinite().all())
+        where = next((f", as {n} is not finite" for n in found), "")
+        invalid("weights", name, f"its logits are not finite{where}: did its training diverge?")
+
 # %% ../nbs/14_teachers.ipynb #cell-43
 def import_teacher(
     weights: str | Path | nn.Module | Callable,  # a file, a folder, or a network in this program
@@ -770,20 +809,9 @@ def import_teacher(
 ) -> Imported:
     "Bring a teacher: whatever the file is, a frozen `Classifier` with notes; a refusal is one sentence."
     stated = Stated(architecture, class_list(classes), size, channels, mean, std)
-    kind = "callable" if callable(weights) else file_kind(existing(weights))
-    if architecture and kind in ("callable", *PROGRAMS):
-        invalid("architecture", architecture, "a whole program has none by name: leave it empty")
-    if kind == "callable":
-        return from_program(weights, stated, getattr(weights, "__name__", type(weights).__name__))
-    path = Path(weights)
-    if kind in PROGRAMS:
-        return from_program(program_file(path, kind, stated), stated, path.name)
-    if kind == "":
-        known = "weights of torch, safetensors, TorchScript, torch.export, ONNX, a hub folder"
-        invalid("weights", path.name, f"it is no network ({known})")
-    if kind == "safetensors" and "condexp" in read_safetensors(path)[1]:
-        return own_file(path, stated)
-    return from_weights(read_weights(path), stated)
+    brought = bring(weights, stated)
+    check_answers(brought.model, called(weights))
+    return brought
 
 # %% ../nbs/14_teachers.ipynb #cell-aae30c
 def random_crops(

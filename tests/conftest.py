@@ -11,6 +11,7 @@ from pathlib import Path
 THREADS = "1"  # a thread a process: what runs side by side does not fight for cores, and sums come out the same
 if "PYTEST_XDIST_WORKER" not in os.environ:  # one cache for all processes: what one has made, the others load
     os.environ["CONDEXP_CACHE"] = tempfile.mkdtemp(prefix="condexp-tests-")
+    atexit.register(shutil.rmtree, os.environ["CONDEXP_CACHE"], ignore_errors=True)
 os.environ |= {"OMP_NUM_THREADS": THREADS, "MKL_NUM_THREADS": THREADS, "MPLBACKEND": "agg"}
 
 if sys.dont_write_bytecode and "PYTHONPYCACHEPREFIX" not in os.environ:  # some machines keep no compiled modules,
@@ -52,7 +53,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 def pytest_collection_modifyitems(items):
     "What takes long comes first, so that no process is left with it at the end."
-    long = "test_run_kd", "test_every_assertion", "test_papermill_ends", "the_classes_that_were_asked_for"
+    long = "test_run_kd", "test_every_assertion", "test_papermill_ends"
     items.sort(key=lambda item: not any(name in item.nodeid for name in long))
 
 

@@ -2,9 +2,14 @@
 
 import ast
 import functools
+import json
+import os
+import re
 import tarfile
 import tempfile
+import warnings
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import papermill as pm
@@ -16,12 +21,10 @@ from PIL import Image
 
 from condexp.cache import cache_dir, load_tensors, save_tensors
 from condexp.data import load_splits
-from condexp.datafree import open_job, open_sources
 from condexp.models import make_classifier, save_classifier
 from condexp.parameters import RunAlignment, RunBoundary, RunCondense, RunDatafree, RunImport, RunKD, RunQuality
 from condexp.parameters import RunPredict, RunSurrogate, RunTeacher, parameters
-from condexp.runs import open_run, open_teacher, resolve_ipc, transfer_source
-from condexp.teachers import import_teacher
+from condexp.runs import open_run, open_teacher
 
 KINDS = {
     "run_kd": RunKD,
@@ -35,6 +38,7 @@ KINDS = {
     "run_datafree": RunDatafree,
     "run_predict": RunPredict,
 }
+SHARED = os.environ["CONDEXP_CACHE"]  # of all tests; a folder that is removed at the end
 NEEDED = {"run_import": "weights", "run_datafree": "teacher"}  # parameters without a default that works: a file
 WITHOUT_GL = {"run_surrogate": {"backend": "torch"}, "run_quality": {"backend": "torch"}}  # OpenGL may not be there
 
@@ -51,26 +55,30 @@ def defaults(notebook):
 def untrained():
     "The file of a classifier that has learned nothing."
     model = make_classifier("wrn_10_1", load_splits("digits", 16).train)
-    return str(save_classifier(Path(tempfile.mkdtemp()) / "untrained.safetensors", model, {"accuracy": None}))
+    return str(save_classifier(Path(tempfile.mkdtemp(dir=SHARED)) / "untrained.safetensors", model, {"accuracy": None}))
+
+
+OPENS = re.compile(r"\b(open_run|open_transfer|open_job|import_teacher)\(run")  # refuses what it cannot use
+
+
+@functools.cache
+def opening(notebook):
+    "The code cells of a run notebook after its parameters, up to the one that opens what it is given."
+    cells = json.loads((ROOT / f"nbs/{notebook}.ipynb").read_text())["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"][1:]
+    last = next(i for i, source in enumerate(sources) if OPENS.search(source))
+    return [source.replace("%matplotlib inline", "") for source in sources[: last + 1]]
 
 
 def begin(notebook, **given):
-    "What the first cells of a run notebook do."
+    "What a run notebook does before it computes anything."
     given = ({NEEDED[notebook]: untrained()} if notebook in NEEDED else {}) | given
-    run = parameters(defaults(notebook) | WITHOUT_GL.get(notebook, {}) | given, KINDS[notebook])
-    if notebook == "run_import":
-        return import_teacher(run.weights, run.architecture, run.classes, run.size, run.channels, run.mean, run.std)
-    if notebook == "run_datafree":
-        return open_job(run)
-    fabric, splits = open_run(run)
-    if notebook == "run_predict":
-        open_sources(run.sources, None)
-    if hasattr(run, "ipc"):
-        resolve_ipc(run, splits.train)
-    if hasattr(run, "surrogate"):
-        transfer_source(run, splits.train)
-    if getattr(run, "teacher", "").endswith(".safetensors"):
-        open_teacher(run, splits, fabric)
+    scope = defaults(notebook) | WITHOUT_GL.get(notebook, {}) | given
+    with patch("warnings.formatwarning", warnings.formatwarning), warnings.catch_warnings():
+        for source in opening(notebook):
+            exec(source, scope)
+    if str(given.get("teacher", "")).endswith(".safetensors") and "splits" in scope:
+        open_teacher(scope["run"], scope.get("data", scope["splits"]), scope["fabric"])
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +353,7 @@ def test_unknown_names_of_a_transfer_set_are_refused_with_what_is_known(name):
 
 @pytest.mark.parametrize(
     "name, value",
-    [("images", 0), ("programs", 0), ("budget", 0), ("temperature", -1), ("attack_steps", 0), ("targets", -1)],
+    [("images", 0), ("programs", 0), ("budget", 0), ("temperature", -1), ("attack_steps", 0), ("targets", -1), ("targets", 10)],
 )
 def test_numbers_of_a_transfer_set_are_refused(name, value):
     refused("run_boundary", name, value, surrogate="noise")

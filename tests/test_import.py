@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from condexp.foreign import from_torchscript, read_program
+from condexp.exports import describe_network, write_onnx
+from condexp.foreign import ProgramError, from_onnx, from_torchscript, read_program, write_program
 from condexp.inversion import BatchNormHooks
 from condexp.models import ModelSpec, create_backbone, fingerprint, freeze, from_spec, load_classifier
 from condexp.models import save_classifier
@@ -473,3 +474,127 @@ def test_torchscript_keeps_its_layers(net, x):
     torch.jit.save(torch.jit.script(nn.Sequential(*layers)).eval(), file)
     graph = read_program(from_torchscript(file.getvalue(), 3, 16))
     assert {type(m) for m in graph.modules()} >= {nn.BatchNorm2d, nn.Linear}
+
+
+@pytest.fixture(scope="module")
+def grey():
+    "A network of 122 parameters for one channel."
+    torch.manual_seed(0)
+    layers = nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AvgPool2d(3), nn.Flatten(), nn.Linear(24, 2)
+    return randomised(nn.Sequential(*layers))
+
+
+@pytest.fixture(scope="module")
+def spots():
+    return torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["scripted", "frozen", "export"])
+def test_the_weights_of_convolutions_are_parameters(kind, grey, spots, tmp_path):
+    path = tmp_path / "net.pt"
+    if kind == "export":
+        path.write_bytes(exported(grey, spots))
+    else:
+        script = torch.jit.script(grey)
+        torch.jit.save(torch.jit.freeze(script) if kind == "frozen" else script, path)
+    model = import_teacher(path, size=8, channels=1, mean="none").model
+    assert torch.allclose(model(spots), grey(spots), atol=1e-5)
+    folded = 12 * (kind == "frozen")  # BatchNorm goes into the convolution
+    assert describe_network(model)["parameters"] == sum(p.numel() for p in grey.parameters()) - folded
+    assert not any(p.requires_grad for p in model.parameters())
+    buffers = {name.rpartition(".")[2] for name, _ in model.backbone.network.named_buffers()}
+    assert buffers == (set() if folded else {"running_mean", "running_var", "num_batches_tracked"})
+
+
+class Product(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("matrix", torch.rand(64, 2))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.matrix
+
+
+def test_the_matrix_of_a_product_is_a_parameter():
+    assert sum(p.numel() for p in read_program(write_program(Product(), 1, 8)).parameters()) == 128
+
+
+def newest_onnx(kind, net, x, path):
+    "Write `net` as the newer exporter of torch does, or with the batch size read from the images."
+    if kind == "computed":
+        return onnx_file(Viewed(net).eval(), x, path)
+    pytest.importorskip("onnx2torch")
+    pytest.importorskip("onnxscript")
+    example, options = (x[:1], {}) if kind == "one image" else (x, {"dynamic_shapes": ({0: "n"},)})
+    torch.onnx.export(net, (example,), path, verbose=False, **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["one image", "any number", "computed"])
+def test_onnx_takes_any_number_of_images(kind, grey, spots, tmp_path):
+    newest_onnx(kind, grey, spots, tmp_path / "net.onnx")
+    model = import_teacher(tmp_path / "net.onnx", size=8, channels=1, mean="none").model
+    for n in (1, 3):
+        assert torch.allclose(model(spots[:n]), grey(spots[:n]), atol=1e-4)
+    assert model.backbone.classifier and describe_network(model)["parameters"] > 100  # BatchNorm is folded
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_our_own_onnx_comes_back(spots, tmp_path):
+    pytest.importorskip("onnx2torch")
+    student = randomised(from_spec(ModelSpec("resnet8_cifar", NAMES, 1, 8, (0.4,), (0.3,))))
+    write_onnx(tmp_path / "student.onnx", write_program(student, 1, 8), student.spec)
+    model = import_teacher(tmp_path / "student.onnx", size=8, channels=1, mean="none").model
+    for n in (1, 3):
+        assert torch.allclose(model(spots[:n]), student(spots[:n]), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_weights_beside_the_file(grey, spots, tmp_path, monkeypatch):
+    onnx_file(grey, spots, tmp_path / "whole.onnx")
+    onnx = pytest.importorskip("onnx")
+    model, folder = onnx.load(tmp_path / "whole.onnx"), tmp_path / "apart"
+    folder.mkdir()
+    options = dict(save_as_external_data=True, location="net.onnx.data", size_threshold=0)
+    onnx.save_model(model, folder / "net.onnx", **options)
+    content = (folder / "net.onnx").read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert torch.allclose(from_onnx(content, folder)(spots), grey(spots), atol=1e-4)
+    (folder / "net.onnx.data").rename(tmp_path / "net.onnx.data")
+    with pytest.raises(ProgramError, match="^its weights are in net.onnx.data, and its folder has no such file$"):
+        from_onnx(content, folder)
+    for entry in [e for tensor in model.graph.initializer for e in tensor.external_data if e.key == "location"]:
+        entry.value = "../net.onnx.data"
+    with pytest.raises(ProgramError, match="cannot convert it .*TensorProto"):
+        from_onnx(model.SerializeToString(), folder)
+
+
+COMPUTED = """<ir_version: 8, opset_import: ["" : 17]>
+odd (float[n, 3, 4, 4] x) => (float[a, b] y)
+{
+    first = Constant <value = int64[2] {0, 1}> ()
+    whole = Cast <to = 7> (x)
+    flat = Flatten (whole)
+    row = Gather <axis = 1> (flat, first)
+    target = ReduceMin <axes = [0], keepdims = 0> (row)
+    y = Reshape (x, target)
+}"""
+
+
+def test_onnx_shapes_that_images_decide_are_refused():
+    pytest.importorskip("onnx2torch")
+    parser = pytest.importorskip("onnx.parser")
+    with pytest.raises(ProgramError, match=r"a shape of unknown numbers: export it by .*dynamo=False.*save$"):
+        from_onnx(parser.parse_model(COMPUTED).SerializeToString())
+
+
+def test_a_parallel_network_is_unwrapped(net, x):
+    brought = import_teacher(nn.DataParallel(net), size=32, mean="none")
+    assert torch.allclose(brought.model(x), net(x), atol=1e-5)
+
+
+def test_what_cannot_be_exported_is_refused_without_its_graph(capfd):
+    with pytest.raises(ProgramError, match="^torch.export cannot write it"):
+        write_program(lambda x: x.flatten(1) if x.sum() > 0 else x.flatten(1).neg(), 1, 8)
+    assert capfd.readouterr() == ("", "")

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from configparser import ConfigParser
 from contextlib import redirect_stderr, redirect_stdout
+from fnmatch import fnmatch
 from pathlib import Path
 
 import condexp
@@ -92,11 +93,22 @@ def draw(path, log):
             cell.source += "\n" + FEWER.get(path.stem, "")
     with open(log, "w") as out, redirect_stdout(out), redirect_stderr(out):
         CaptureShell().run_all(notebook, exc_stop=True)
+    if path.stem not in FEWER:
+        (log.parent / "said").write_text(json.dumps(told(notebook.cells)))
+
+
+def told(cells):
+    "What the cells of an executed notebook tell in Markdown."
+    outputs = [output for cell in cells for output in cell.get("outputs") or ()]
+    return ["".join(text) for output in outputs if (text := output.get("data", {}).get("text/markdown"))]
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda p: p.stem)
-def test_tables_and_figures_are_drawn_from_the_committed_records(path, tmp_path):
+def test_tables_and_figures_are_drawn_from_the_committed_records_and_say_what_the_pages_say(path, tmp_path):
     succeeds(draw, path, tmp_path / "log")
+    if path.stem not in FEWER:
+        committed = json.loads((ROOT / "reports" / path.name).read_text())["cells"]
+        assert json.loads((tmp_path / "said").read_text()) == told(committed), "draw it again"
 
 
 def test_nbdev_test_alone_leaves_the_long_notebooks_out():
@@ -139,9 +151,9 @@ def test_help_on_the_command_line_shows_the_explanations():
     assert "ipc: int (default 10)" in text and "condensed images per class" in text
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_notebooks_name_no_folder_of_somebodys_machine(path):
-    assert not re.search(r"/(home|root|work|Users|tmp/venv)/", path.read_text())
+def test_notebooks_name_no_folder_of_somebodys_machine():
+    for path in [*NOTEBOOKS, *(ROOT / "reports").glob("*.ipynb")]:
+        assert not re.search(r"/(home|root|work|Users|tmp/venv)/", path.read_text()), path
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -182,6 +194,20 @@ def test_the_files_of_settings_agree():
     assert project["license"].lower().startswith("apache") and nbdev["license"].startswith("apache")
 
 
-def test_readme_links_lead_somewhere():
-    for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text()):
-        assert (ROOT / link).exists(), link
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "reports").glob("*.md")]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        target = link.partition("#")[0]
+        assert target.startswith("http") or (path.parent / target).exists(), link
+
+
+def test_every_page_is_listed():
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("contents.md", "tables.md", "api.md"))
+    listed = re.findall(r"(?:^|<|\.\./|^ +)((?:nbs/|reports/|docs/|condexp\.)[\w*]+|[A-Z]+)>?$", text, re.M)
+    files = [p for pattern in ("*.md", "nbs/[0-9]*.ipynb", "reports/*.md", "reports/*.ipynb") for p in ROOT.glob(pattern)]
+    pages = {str(p.relative_to(ROOT).with_suffix("")) for p in files} - {"README"}
+    pages |= {f"condexp.{p.stem}" for p in (ROOT / "condexp").glob("[a-z]*.py")}
+    assert not [page for page in sorted(pages) if not any(fnmatch(page, pattern) for pattern in listed)]

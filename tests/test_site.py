@@ -2,7 +2,6 @@
 
 import json
 import re
-from fnmatch import fnmatch
 
 import pytest
 from conftest import ROOT
@@ -101,12 +100,3 @@ def test_fault_fails_the_build(repository, fault, capfd):
     change(repository / file, old, new)
     assert build(repository)[0] != 0
     assert said in capfd.readouterr().err
-
-
-def test_every_page_is_listed():
-    text = "".join((ROOT / "docs" / name).read_text() for name in ("contents.md", "tables.md", "api.md"))
-    listed = re.findall(r"(?:^|<|\.\./|^ +)((?:nbs/|reports/|docs/|condexp\.)[\w*]+|[A-Z]+)>?$", text, re.M)
-    files = [p for pattern in ("*.md", "nbs/[0-9]*.ipynb", "reports/*.md", "reports/*.ipynb") for p in ROOT.glob(pattern)]
-    pages = {str(p.relative_to(ROOT).with_suffix("")) for p in files} - {"README"}
-    pages |= {f"condexp.{p.stem}" for p in (ROOT / "condexp").glob("[a-z]*.py")}
-    assert not [page for page in sorted(pages) if not any(fnmatch(page, pattern) for pattern in listed)]

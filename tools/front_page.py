@@ -40,6 +40,8 @@ def part_of(page: str, beginning: str) -> str:
 def filled() -> dict:
     "The notebook of the front page, its tables and findings those of the pages."
     notebook = json.loads(INDEX.read_text())
+    if missing := SHOWN.keys() - {cell["id"] for cell in notebook["cells"]}:
+        raise ValueError(f"{INDEX.name} has no cell {', '.join(sorted(missing))}")
     for cell in notebook["cells"]:
         if cell["id"] in SHOWN:
             cell["source"] = part_of(*SHOWN[cell["id"]]).splitlines(keepends=True)

@@ -38,6 +38,8 @@ CARDS = {  # thumbnails: what they are called, the records of their students, th
 def take(files: dict[str, str]) -> None:
     "Keep a few images of each file, from its first to its last."
     kept = load_file(THUMBNAILS) if THUMBNAILS.exists() else {}
+    if unknown := files.keys() - kept.keys() - CARDS.keys():
+        raise ValueError(f"no card is called {', '.join(sorted(unknown))}")
     for name, file in files.items():
         with safe_open(file, "pt") as found:
             images = found.get_tensor("images")
