@@ -6,8 +6,8 @@
 __all__ = ['USUAL', 'WARMUP_IMAGES', 'IMAGES_PER_CLASS', 'FEWEST', 'STEPS_PER_IMAGE', 'PATIENCE', 'EXPANDED', 'SHOWN',
            'ImageSource', 'shader_backend', 'open_source', 'open_sources', 'make_set', 'joined', 'small_sets', 'judge',
            'judged', 'Plan', 'seconds_per_step', 'make_plan', 'planned', 'Job', 'open_job', 'student_for', 'choose',
-           'parts_of', 'plan_of', 'plan_in_words', 'build_set', 'growing', 'teach', 'score_table', 'result_in_words',
-           'card_record']
+           'parts_of', 'plan_of', 'plan_in_words', 'build_set', 'fewer_in_words', 'growing', 'teach', 'score_table',
+           'result_in_words', 'card_record']
 
 # %% ../nbs/16_datafree.ipynb #df-02
 import time
@@ -318,6 +318,16 @@ def build_set(chosen: str, plan: Plan, job: Job, seed: int) -> ImageSet:
     wanted = zip(names, shares, strict=True)
     made = [make_set(job.sources[name], job.teacher, share, seed, job.fabric) for name, share in wanted]
     return joined(made) if len(made) > 1 else made[0]
+
+# %% ../nbs/16_datafree.ipynb #fewer-2
+def fewer_in_words(images: ImageSet, wanted: int) -> str:
+    "How many of the wanted images there are, and which classes have none; nothing where all is as wanted."
+    if len(images) >= wanted and all(images.counts):
+        return ""
+    missing = [name for name, n in zip(images.classes, images.counts, strict=True) if not n]
+    some = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
+    lacks = f", and none of {len(missing)} classes ({some})" if missing else ""
+    return f"**{len(images):,} of the {wanted:,} images that were wanted{lacks}.**"
 
 # %% ../nbs/16_datafree.ipynb #cell-8ccf04
 def growing(plan: Plan, batch: int = 64) -> Distillation:
