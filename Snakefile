@@ -1,14 +1,15 @@
-"""Every record, table and figure, made by one command at the top of the repository.
+"""The records of both papers, every page and the executed run notebooks, made by one command at the top of the repository.
 
     snakemake --profile profiles/smoke     every notebook once, at a tiny scale: minutes, no download
     snakemake --profile profiles/cpu       the committed results: 16 pixels, narrow networks, more than a day of two cores
     snakemake --profile profiles/gpu       the papers' networks at 32 pixels
     snakemake --profile profiles/slurm     the same, each run a job of its own
 
-`--config data=/some/where/cifar10.tar.xz` at the end names CIFAR-10, else torchvision downloads it; `other=` a set of other images in
-class folders, such as ImageNet's, else CIFAR-100 (an archive also gives the bench of a hundred classes). A second call makes what is
-missing. What was run before is in the cache (`CONDEXP_CACHE`); what was killed goes on from its last epoch. A run that fails does not
-stop the others; the end of its log is shown, and the whole of it is in `runs/`.
+`--config data=/some/where/cifar10.tar.xz` at the end names CIFAR-10, else torchvision downloads it; `other=` a tar archive of ImageNet's
+class folders (it also gives the bench of a hundred classes and the photographs that are attacked), else CIFAR-100. A second call makes
+what is missing; a record that is there is not made again, whatever is in `runs/` (delete it for that). What was run before is in the
+cache (`CONDEXP_CACHE`); what was killed goes on from its last epoch. A run that fails does not stop the others; the end of its log is
+shown, and the whole of it is in `runs/`. The commands of other records (`datafree-*`, `predict-*`, `speed*`) are in reports/README.md.
 """
 
 import json
@@ -269,6 +270,8 @@ def teacher_run(bench, seed):
 
 
 ARCHIVE = bool({".tar", ".tgz", ".txz"} & set(Path(OTHER).suffixes))
+if Path(OTHER).suffix == ".zip":
+    raise ValueError("other is a zip: it must be a tar archive, a folder, or a set of torchvision")
 for bench in ("cifar", "hundred") if ARCHIVE else ("cifar",):
     for ratio in RATIOS:  # the weight of the alignment is chosen here, on a validation split, by a seed that is not measured
         more = f"-p evaluate validation -p alignments conditional -p alignment_ratio {ratio}"
@@ -350,7 +353,7 @@ for seed in range(SCALE["seeds"]):
             add_transfer("run_surrogate", f"ablation-{name}-{row}", name, seed, more)
         for teacher in SCALE["families"]:  # patience
             for epochs in SCALE["patience"]:
-                more = f"{MANY} -p epochs {epochs}"  # which wins over the transfer's own
+                more = f"{MANY} -p epochs {epochs}"  # the last of two counts
                 add_transfer("run_surrogate", f"patience-{name}-{teacher}-{epochs}", name, seed, more, teacher)
 if NAME == "cpu":
     for seed in range(3):  # the main table, its augmentation and the attack at 32 pixels, with larger networks and one teacher
@@ -409,7 +412,7 @@ NEEDS = dict(gpu=int(NAME == "gpu"), mem_mb=8000, runtime=600)  # of a run: card
 
 
 TINY = [f"runs/smoke/{name}.ipynb" for name in [*SMOKE, *(f"paper_{page}" for page in FROM_RECORDS)]]
-DRAWN = [f"reports/paper_{page}.ipynb" for page in [*TABLES, "claims", "a_images", "b_features"]]
+DRAWN = [f"reports/paper_{page}.ipynb" for page in [*FROM_RECORDS, "a_images", "b_features"]]
 
 
 rule all:
@@ -440,7 +443,7 @@ rule plan:  # what is there, what is missing, and how long it will take
             groups.setdefault(name.split("-seed")[0].split("-ratio")[0], []).append(name)
         known = {name: seconds_of(name) for name in RUNS}
         typical = lambda names: [known[name] for name in names if known[name] is not None]
-        lines = ["# What is run, and how long it takes", "", f"`snakemake plan`, scale {NAME}. Hours of one core, by the records;", "for a run that is missing the mean of its like, or of its notebook's runs.", ""]
+        lines = ["# What is run, and how long it takes", "", f"`snakemake --profile profiles/{NAME} -f plan`. Hours of one core, by the records;", "for a run that is missing the mean of its like, or of its notebook's runs.", ""]
         lines += ["| runs | notebook | there | missing | hours so far | hours to come |", "| --- | --- | --- | --- | --- | --- |"]
         total = [0, 0]
         for group, names in groups.items():
@@ -547,6 +550,8 @@ rule hundred:  # every second class of an archive of class folders
         with tarfile.open(OTHER) as archive, tarfile.open(output[0], "w") as half:
             members = [m for m in archive if m.isfile() and len(Path(m.name).parts) > 2]
             classes = sorted({Path(m.name).parent.name for m in members})[::2]
+            if len(classes) < 2:
+                raise ValueError("other must be an archive of FOLDER/CLASS/IMAGE, or FOLDER/train/CLASS/IMAGE")
             for m in members:
                 if Path(m.name).parent.name in classes:
                     half.addfile(m, archive.extractfile(m))
@@ -603,9 +608,14 @@ rule pool:  # quick where the run of that name is in the cache
         " -p output runs/{wildcards.name} -p record runs/{wildcards.name}/pool.json" + LOGGED
 
 
+def needed(name):
+    "What a run needs, if its record is missing."
+    return [] if Path(f"reports/records/{name}.json").exists() else made_before(RUNS[name][1])
+
+
 rule record:
     input:
-        lambda w: made_before(RUNS[w.name][1]),
+        lambda w: needed(w.name),
     output:
         "reports/records/{name}.json",
     log:
