@@ -24,7 +24,8 @@ from .data import ImageSet, Splits, load_images, load_splits
 from .discriminator import resolve_alignment
 from .exports import choose_student, describe_network, larger_than_teacher
 from .inversion import INVERSIONS
-from .kd import Distillation, MethodResult, StudentTraining, SyntheticSet, distil, teacher_set
+from .kd import Distillation, MethodResult, StudentTraining, SyntheticSet, distil, first_few
+from .kd import teacher_set
 from .models import Classifier, check_model, fingerprint, freeze, make_classifier
 from .parameters import RunDatafree
 from .runs import as_teacher_takes, check_every_class, given_set, read_teacher
@@ -325,8 +326,7 @@ def fewer_in_words(images: ImageSet, wanted: int) -> str:
     if len(images) >= wanted and all(images.counts):
         return ""
     missing = [name for name, n in zip(images.classes, images.counts, strict=True) if not n]
-    some = ", ".join(missing[:5]) + ", ..." * (len(missing) > 5)
-    lacks = f", and none of {len(missing)} classes ({some})" if missing else ""
+    lacks = f", and none of {len(missing)} classes ({first_few(missing)})" if missing else ""
     return f"**{len(images):,} of the {wanted:,} images that were wanted{lacks}.**"
 
 # %% ../nbs/16_datafree.ipynb #cell-8ccf04

@@ -243,7 +243,7 @@ def choose_student(teacher: Classifier) -> tuple[str, str]:  # its name, and why
         invalid("student", "", f"no network of the short list takes images of {size}: name a student")
     fits = [n for n in networks if all(n[c] <= SHARE * own[c] for c in COUNTS)]
     chosen = fits[-1] if fits else networks[0]
-    share = lambda c: f" ({100 * chosen[c] / own[c]:.1f} %)" if own[c] else ""  # a teacher may have no weights
+    share = lambda c: f" ({100 * chosen[c] / own[c]:.1f} %)" if own[c] else ""  # some have no weights
     shares = [f"{chosen[c]:,} {word}{share(c)}" for c, word in COUNTS.items()]
     which = "the largest of {} networks that is at most a quarter of the teacher in both"
     if not fits:

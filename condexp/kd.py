@@ -9,12 +9,12 @@ __all__ = ['DIRECTIONS', 'COMPARED', 'METHODS', 'LABELS', 'BATCHES', 'AT_LEAST',
            'estimate_statistics', 'student_loss', 'student_step', 'StudentTraining', 'teacher_set', 'balanced_targets',
            'Synthesis', 'RealImages', 'check_alignment', 'make_synthesis', 'share', 'Distiller', 'measure_of',
            'timed_epoch', 'pool_quality', 'MethodResult', 'run_method', 'student_path', 'save_method', 'load_method',
-           'truncate', 'check_kind', 'check_source', 'distil']
+           'first_few', 'truncate', 'check_kind', 'check_source', 'distil']
 
 # %% ../nbs/07_kd.ipynb #cell-02
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -677,11 +677,16 @@ def load_method(path: Path, fabric: Fabric) -> MethodResult:
     return MethodResult(**numbers, student=student.eval(), pool=pool)
 
 # %% ../nbs/07_kd.ipynb #kind-2
+def first_few(names: Sequence[str], most: int = 4) -> str:
+    "Names with commas between them, cut after `most`."
+    return ", ".join(names[:most]) + ", ..." * (len(names) > most)
+
+
 def truncate(value) -> str:
     "A long tuple cut to its length and first entries."
     if not isinstance(value, tuple) or len(value) <= 4:
         return str(value)
-    return f"({len(value)}: {', '.join(value[:4])}, ...)"
+    return f"({len(value)}: {first_few(value)})"
 
 
 def check_kind(name: str, images: ImageSet, teacher: Classifier) -> None:

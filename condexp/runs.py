@@ -29,7 +29,7 @@ from .data import ImageSet, Splits, load_images, load_splits, random_per_class, 
 from .discriminator import resolve_alignment
 from .inversion import INVERSIONS, PUBLISHED
 from .kd import METHODS, Distillation, MethodResult, check_alignment, check_batchnorm, measure_of
-from .kd import teacher_set, truncate
+from .kd import first_few, teacher_set, truncate
 from .models import PENULTIMATE, Classifier, ModelSpec, at_layer, check_model, load_classifier
 from .models import file_kind, make_classifier, save_classifier
 from .parameters import Run, RunBoundary, RunCondense, RunDistil, RunQuality, RunSurrogate, RunTeacher
@@ -205,8 +205,7 @@ def given_set(
     if given.classes != train.classes:
         classes = truncate(train.classes)
         lacks = [c for c in train.classes if c not in given.classes]
-        some = ", ".join(lacks[:4]) + ", ..." * (len(lacks) > 4)
-        why = f"; it lacks {some}" if lacks else " in this order"
+        why = f"; it lacks {first_few(lacks)}" if lacks else " in this order"
         named = " (`run_import -p classes` names those of a teacher)" * (len(lacks) == train.num_classes)
         invalid(parameter, name, f"its classes must be {classes}{why}{named}")
     return given
@@ -238,8 +237,8 @@ def condensed_set(run, train: ImageSet, fabric: Fabric, iterations: int = 0) -> 
 def check_every_class(given: ImageSet, parameter: str, path: str) -> None:
     "Refuse a set that lacks a class."
     if lacks := [name for name, count in zip(given.classes, given.counts, strict=True) if not count]:
-        few = ", ".join(lacks[:3]) + (", ..." if len(lacks) > 3 else "")
-        invalid(parameter, Path(path).name, f"it must hold an image of each class, and it lacks {few}")
+        wanted = "it must hold an image of each class, and it lacks"
+        invalid(parameter, Path(path).name, f"{wanted} {first_few(lacks)}")
 
 # %% ../nbs/13_runs.ipynb #cell-52
 def resolve_ipc(run, train: ImageSet):  # a run with a condenser; and so is what comes back

@@ -585,8 +585,8 @@ def refuse_architecture(weights: Weights, architecture: str, fits: list[Fit], si
         likely = f"the likeliest is {best.name}, {best.share:.0%} of it is the same"
     if not architecture:
         some, why = ", ".join(list(weights.tensors)[:3]), f" ({best})" if best else ""
-        own = "bring a network of your own as a program, by torch.export.save (with -p size)"
-        invalid("architecture", "", f"the weights ({some}, ...) fit none that was tried; {likely}{why}; {own}")
+        why += "; bring a network of your own as a program, by torch.export.save (with -p size)"
+        invalid("architecture", "", f"the weights ({some}, ...) fit none that was tried; {likely}{why}")
     worst = max(fits, key=lambda f: f.share)
     invalid("architecture", architecture, f"the weights do not fit it ({worst}); {likely}")
 
