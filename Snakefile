@@ -225,7 +225,14 @@ BENCHES = {
             scale="-p inversion pre_dfkd -p precision 32 -p epochs 40 -p steps 100 -p batch_size 64 -p images 4000",
             alignment="-p alignment_ratio 0.3",
         ),
-        "size32": dict(data=DATA, teacher="wrn_16_2", student="wrn_16_1", size=32, scale=""),  # for Paper B's sets
+        "resnet": dict(  # Paper A's networks, undiminished: one teacher, and two fifths of the steps and images
+            data=HUNDRED, teacher="resnet34_cifar", student="mobilenetv2_cifar", size=16, teachers=1, teacher_scale="-p epochs 8",
+            scale="-p inversion pre_dfkd -p precision bf16 -p epochs 16 -p steps 100 -p batch_size 64 -p images 1600",
+            alignment="-p alignment_ratio 0.3",
+        ),
+        "size32": dict(  # for Paper B's sets
+            data=DATA, teacher="wrn_16_2", student="wrn_16_1", size=32, teachers=1, scale="",
+        ),
     },
     "gpu": {
         "cifar": dict(  # a million images
@@ -247,8 +254,8 @@ RATIOS = (0.1, 0.3, 1)  # of the alignment's gradient at the images to the inver
 
 
 def teacher_of(bench, seed):
-    "One of three."
-    return f"runs/{PREFIX}{bench}-teacher{seed % 3}.safetensors"
+    "One of three, where the bench has not one alone."
+    return f"runs/{PREFIX}{bench}-teacher{seed % BENCHES[bench].get('teachers', 3)}.safetensors"
 
 
 def bench_run(bench, ipc, seed, more, without=""):
@@ -266,7 +273,7 @@ def teacher_run(bench, seed):
     "The parameters of `run_teacher`."
     b = BENCHES[bench]
     precision = "-p precision bf16" if SIZE == "cpu" else ""
-    return f"-p dataset {b['data']} -p size {b['size']} -p model {b['teacher']} -p seed {seed} {precision}"
+    return f"-p dataset {b['data']} -p size {b['size']} -p model {b['teacher']} -p seed {seed} {precision} {b.get('teacher_scale', '')}"
 
 
 ARCHIVE = bool({".tar", ".tgz", ".txz"} & set(Path(OTHER).suffixes))
@@ -292,6 +299,8 @@ if ARCHIVE and SIZE == "cpu":  # a student of another family; the weight is that
         RUNS[f"trial-mobilenet-ipc10-seed{seed}"] = ("run_kd", bench_run("mobilenet", 10, seed, more))
         alone = bench_run("mobilenet", 10, seed, "-p arms inversion")
         RUNS[f"trial-mobilenet-ipc10-inversion-seed{seed}"] = ("run_kd", alone)
+        more = f"-p arms inversion,mixed,expanded,full {BENCHES['resnet']['alignment']}"
+        RUNS[f"trial-resnet-ipc10-seed{seed}"] = ("run_kd", bench_run("resnet", 10, seed, more))
     more = "-p inversion fast -p images 8000 -p arms mixed,full"  # which leaves no room
     RUNS["trial-mobilenet-fast-seed0"] = ("run_kd", bench_run("mobilenet", 10, 0, more))
 for seed in range(5):  # and a slow inversion, so of fewer images
@@ -357,14 +366,13 @@ for seed in range(SCALE["seeds"]):
                 add_transfer("run_surrogate", f"patience-{name}-{teacher}-{epochs}", name, seed, more, teacher)
 if NAME == "cpu":
     for seed in range(3):  # the main table, its augmentation and the attack at 32 pixels, with larger networks and one teacher
-        wider = dict(teacher=teacher_of("size32", 0), bench="size32")
         for name in ("original", "other-out", "shaders", "leaves", "noise"):
             surrogate, given = (OTHER, f"{MANY} -p part out") if name == "other-out" else (name, MANY)
-            add_transfer("run_surrogate", f"size32-surrogate-{name}", surrogate, seed, f"{given} -p size 32", **wider)
+            add_transfer("run_surrogate", f"size32-surrogate-{name}", surrogate, seed, f"{given} -p size 32", bench="size32")
             if name in ("original", "shaders"):
                 more = f"{given} -p size 32 -p augmentation none -p mixup False"
-                add_transfer("run_surrogate", f"size32-ablation-{name}-none", surrogate, seed, more, **wider)
-        add_transfer("run_boundary", "size32-boundary-noise", "noise", seed, "-p images 500 -p size 32", **wider)
+                add_transfer("run_surrogate", f"size32-ablation-{name}-none", surrogate, seed, more, bench="size32")
+        add_transfer("run_boundary", "size32-boundary-noise", "noise", seed, "-p images 500 -p size 32", bench="size32")
 DIGIT_SETS = dict(original="original", photographs=DATA, shaders="shaders", leaves="leaves", noise="noise", single_image="single_image")
 DIGIT_SCALE = "-p epochs 40 -p budget 10"
 if NAME == "cpu":
