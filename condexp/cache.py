@@ -361,7 +361,7 @@ def locked(
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        print(f"waiting for another process, which is making {path}", file=sys.stderr, flush=True)
+        print(f"waiting for another process, which is making {path.parent.name}/{path.name}", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         sweep(path)

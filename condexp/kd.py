@@ -689,12 +689,15 @@ def truncate(value) -> str:
     return f"({len(value)}: {first_few(value)})"
 
 
-def check_kind(name: str, images: ImageSet, teacher: Classifier) -> None:
-    "Refuse images that are not of the teacher's channels, size and classes."
-    for what in ("channels", "size", "classes"):
-        has, wanted = getattr(images, what), getattr(teacher.spec, what)
-        if has != wanted:
-            invalid(name, f"of {what} {truncate(has)}", f"the teacher's are {truncate(wanted)}")
+def check_kind(
+    name: str, images: ImageSet, teacher: Classifier, of: Sequence[str] = ("channels", "size", "classes")
+) -> None:
+    "Refuse images whose channels, size or classes (or what `of` names) are not the teacher's."
+    for what in of:
+        has, takes = getattr(images, what), getattr(teacher.spec, what)
+        if has != takes:
+            why = f"the teacher takes images of {what} {truncate(takes)}"
+            invalid(name, f"of {what} {truncate(has)}", why)
 
 
 def check_source(method: Method, sources: dict[str, ImageSet], teacher: Classifier) -> ImageSet:

@@ -30,6 +30,7 @@ from .cache import Checkpoint, cached, check_choice, check_int, config_hash, inv
 from .data import NAMES, ImageSet, content_hash, rank_within
 from .files import find_text
 from .inversion import inversion_recipe
+from .kd import check_kind
 from .models import Classifier, fingerprint, freeze
 from .shaders import read_programs
 from .sources import PHOTOS, SOURCES, ImageStream, StreamSpec, photograph, real_images, to_channels
@@ -222,10 +223,7 @@ def check_content(images: ImageSet, name: str) -> ImageSet:
 # %% ../nbs/08_transfer.ipynb #tra-21c
 def check_images(images: ImageSet, teacher: Classifier, name: str) -> ImageSet:
     "`images` if the teacher takes their size and channels, and they show something, else a refusal."
-    for what in ("size", "channels"):
-        has, takes = getattr(images, what), getattr(teacher.spec, what)
-        if has != takes:
-            invalid(name, f"of {what} {has}", f"the teacher takes images of {what} {takes}")
+    check_kind(name, images, teacher, ("channels", "size"))
     return check_content(images, name)
 
 # %% ../nbs/08_transfer.ipynb #tra-24

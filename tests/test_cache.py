@@ -80,6 +80,7 @@ def test_two_processes_make_one_entry_once_and_get_the_same(worker, root):
     told = [out for out, _ in outputs]
     assert sum("computing" in out for out in told) == 1 and len({out.split("got ")[1] for out in told}) == 1
     assert sum("waiting for another process" in err for _, err in outputs) == 1
+    assert not any(str(root) in err for _, err in outputs)
     assert [p.suffix for p in files(root)] == [".safetensors"]
 
 
