@@ -361,7 +361,8 @@ def locked(
     try:
         lock.acquire(timeout=patience)
     except Timeout:
-        print(f"waiting for another process, which is making {path.parent.name}/{path.name}", file=sys.stderr, flush=True)
+        entry = f"{path.parent.name}/{path.name}"
+        print(f"waiting for another process, which is making {entry}", file=sys.stderr, flush=True)
         lock.acquire()
     try:
         sweep(path)
