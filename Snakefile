@@ -225,7 +225,7 @@ BENCHES = {
             scale="-p inversion pre_dfkd -p precision 32 -p epochs 40 -p steps 100 -p batch_size 64 -p images 4000",
             alignment="-p alignment_ratio 0.3",
         ),
-        "resnet": dict(  # Paper A's networks, undiminished: one teacher, and two fifths of the steps and images
+        "resnet": dict(  # Paper A's networks, of their usual width, so with one teacher, and two fifths of the steps and images
             data=HUNDRED, teacher="resnet34_cifar", student="mobilenetv2_cifar", size=16, teachers=1, teacher_scale="-p epochs 8",
             scale="-p inversion pre_dfkd -p precision bf16 -p epochs 16 -p steps 100 -p batch_size 64 -p images 1600",
             alignment="-p alignment_ratio 0.3",
@@ -254,7 +254,7 @@ RATIOS = (0.1, 0.3, 1)  # of the alignment's gradient at the images to the inver
 
 
 def teacher_of(bench, seed):
-    "One of three, where the bench has not one alone."
+    "One of the bench's teachers: of three, where it does not say how many."
     return f"runs/{PREFIX}{bench}-teacher{seed % BENCHES[bench].get('teachers', 3)}.safetensors"
 
 
